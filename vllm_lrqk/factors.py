@@ -1,0 +1,97 @@
+"""Factorising the keys of sealed pages: the plain torch form.
+
+Every iterate of LRQK (Li et al., NeurIPS 2025, arXiv 2510.23649, section 3) on one page has the form
+A_Q = Q X, A_K = K Y with X, Y in R^{d x r}, so the whole fit needs only the Gram matrices
+G_Q = Q'Q and G_K = K'K. The proxy score of token n for query q is (q X) . (K Y)_n.
+"""
+
+import torch
+
+from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.page import FactorPages
+
+RIDGE = 1e-4
+
+
+def _solve_right(numerator: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """numerator @ gram^-1 with a ridge relative to the mean diagonal; numerator [..., m, r], gram [..., r, r]."""
+    rank = gram.shape[-1]
+    mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    ridge = (RIDGE * mean_diagonal).clamp_min(torch.finfo(gram.dtype).tiny) * torch.eye(rank, device=gram.device)
+    return torch.linalg.solve(gram + ridge, numerator.mT).mT
+
+
+def _top_columns(gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int) -> torch.Tensor:
+    """Coordinate columns with the largest |Q| + |K| (the published "topcol" start): [..., d, r]."""
+    size = gram_q.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt() + gram_k.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    columns = size.topk(rank, dim=-1).indices
+    return torch.nn.functional.one_hot(columns, gram_q.shape[-1]).mT.to(gram_q.dtype)
+
+
+def lrqk_projections(
+    gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int, iterations: int, lambda_q: float, lambda_k: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projections of the page-local LRQK fit.
+
+    Args:
+        gram_q, gram_k: float32 [..., d, d], Q'Q and K'K of one page.
+
+    Returns:
+        X, Y: float32 [..., d, r].
+    """
+    x = y = _top_columns(gram_q, gram_k, rank)
+    for _ in range(iterations):
+        gq_x, gk_y = gram_q @ x, gram_k @ y
+        x_gram, y_gram = x.mT @ gq_x, y.mT @ gk_y
+        # B' = G X (X'G X)^-1, because G is symmetric.
+        b_q = _solve_right(gq_x, x_gram)  # [..., d, r] = B_Q'
+        b_k = _solve_right(gk_y, y_gram)
+        x = _solve_right(gk_y + lambda_q * b_q, y_gram + lambda_q * (b_q.mT @ b_q))
+        gq_x = gram_q @ x
+        y = _solve_right(gq_x + lambda_k * b_k, x.mT @ gq_x + lambda_k * (b_k.mT @ b_k))
+    return x, y
+
+
+def key_pca_projections(gram_k: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading eigenvectors of K'K, for both projections: float32 [..., d, r] twice."""
+    vectors = torch.linalg.eigh(gram_k).eigenvectors[..., -rank:]
+    return vectors, vectors
+
+
+def _quantize_columns(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of [..., n, r] in `dtype`; int8 gets one scale per column, float32 [..., r]."""
+    if dtype != torch.int8:
+        return matrix.to(dtype), torch.ones_like(matrix[..., 0, :])
+    scale = matrix.abs().amax(-2).clamp_min(1e-30) / 127
+    return (matrix / scale[..., None, :]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def seal_pages(
+    pages: torch.Tensor, host: torch.Tensor, factors: FactorPages, gram_q: torch.Tensor | None, config: LRQKConfig
+) -> None:
+    """Factorise full pages and write their factor pages.
+
+    Args:
+        pages: int64 [M], distinct page ids.
+        host: [num_pages, kv_heads, N, 2, d], the layer's host pages (keys at 0, values at 1).
+        gram_q: float32 [M, kv_heads, d, d], Q'Q of the queries at hand; None: no queries, identity.
+    """
+    f = factors.format
+    rows = host[pages]  # [M, KV, N, 2, d]
+    key, value = rows[..., 0, :].float(), rows[..., 1, :].float()
+    gram_k = key.mT @ key
+    if config.factorization == "key_pca":
+        x, y = key_pca_projections(gram_k, f.rank)
+    else:
+        if gram_q is None:
+            gram_q = torch.eye(f.head_size, device=key.device).expand_as(gram_k)
+        x, y = lrqk_projections(gram_q, gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
+    # Balance the columns: only the product of a column of A and one of X matters.
+    x_size = x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
+    key_factor, key_scale = _quantize_columns(key @ (y * x_size), f.factor_dtype)
+    projection, projection_scale = _quantize_columns(x / x_size, f.factor_dtype)
+    words = key_factor.unflatten(-1, (f.rank // f.word_elements, f.word_elements)).transpose(-3, -2)
+    factors.key_factor_words[pages] = words
+    factors.projection[pages] = projection.mT
+    factors.scale[pages] = key_scale * projection_scale
+    factors.value_mean[pages] = value.mean(-2).to(torch.bfloat16)

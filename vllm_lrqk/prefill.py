@@ -1,0 +1,93 @@
+"""Exact attention of one prompt chunk over the host pages, and the sealing that goes with it."""
+
+import torch
+
+
+TILE_TOKENS = 4096
+
+
+def append_rows(key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write new rows into the host pages.
+
+    Args:
+        key, value: [T, KV, d].
+        host: [num_pages, KV, N, 2, d].
+        slots: int64 [T], page id * N + offset; a negative slot is skipped.
+    """
+    keep = slots >= 0
+    if not bool(keep.all()):
+        key, value, slots = key[keep], value[keep], slots[keep]
+    page, offset = slots // host.shape[2], slots % host.shape[2]
+    host[page, :, offset] = torch.stack([key, value], 2)
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    host: torch.Tensor,
+    pages: torch.Tensor,
+    context_len: int,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """Attend a chunk of one request exactly: causal inside the chunk, all earlier tokens in tiles of host pages.
+
+    The parts are merged by log-sum-exp.
+
+    Args:
+        query, output: [T, H, d], the chunk's tokens at positions context_len ... context_len + T - 1.
+        key, value: [T, KV, d].
+        host: [num_pages, KV, N, 2, d].
+        pages: int [P], the request's pages in order.
+    """
+    tokens, heads, _ = query.shape
+    page_size, kv_heads = host.shape[2], host.shape[1]
+    group = heads // kv_heads
+    chunk_key = key.transpose(0, 1).repeat_interleave(group, 0)
+    chunk_value = value.transpose(0, 1).repeat_interleave(group, 0)
+    total, log_sum = _flash(query.transpose(0, 1), chunk_key, chunk_value, scale, causal=True)
+    # History needs no mask, so the query heads of one KV head become rows of one problem.
+    rows = query.transpose(0, 1).reshape(kv_heads, group * tokens, -1)
+    total, log_sum = total.reshape(rows.shape), log_sum.reshape(rows.shape[:2])
+    for start in range(0, context_len, TILE_TOKENS):
+        length = min(TILE_TOKENS, context_len - start)
+        tile = host[pages[start // page_size : -(-(start + length) // page_size)].long()]
+        tile = tile.transpose(0, 1).flatten(1, 2)[:, :length]  # [KV, length, 2, d]
+        part, part_log_sum = _flash(rows, tile[:, :, 0], tile[:, :, 1], scale, causal=False)
+        total, log_sum = merge(total, log_sum, part, part_log_sum)
+    output.copy_(total.reshape(heads, tokens, -1).transpose(0, 1))
+
+
+def merge(
+    a: torch.Tensor, a_log_sum: torch.Tensor, b: torch.Tensor, b_log_sum: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two disjoint sets of keys from the attention over each: outputs [..., d], log-sum-exps [...]."""
+    log_sum = torch.logaddexp(a_log_sum, b_log_sum)
+    weight_a, weight_b = (a_log_sum - log_sum).exp(), (b_log_sum - log_sum).exp()
+    return a * weight_a[..., None] + b * weight_b[..., None], log_sum
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 attention [heads, T, d] and log-sum-exp [heads, T]; one head of keys per head of queries."""
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query[None], key[None], value[None], is_causal=causal, scale=scale
+    )
+    return out[0].float(), log_sum[0].float()
+
+
+def query_grams(query: torch.Tensor, num_kv_heads: int, starts: list[int], ends: list[int]) -> torch.Tensor:
+    """Gram matrices of the queries at hand for some pages: float32 [M, KV, d, d].
+
+    Args:
+        query: [T, H, d], the chunk's queries.
+        starts, ends: token ranges inside the chunk, one per page.
+    """
+    grouped = query.unflatten(1, (num_kv_heads, -1))
+    grams = []
+    for start, end in zip(starts, ends):
+        page = grouped[start:end].transpose(0, 1).flatten(1, 2).float()  # [KV, tokens * G, d]
+        grams.append(page.mT @ page)
+    return torch.stack(grams)
