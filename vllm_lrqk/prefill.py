@@ -2,7 +2,6 @@
 
 import torch
 
-
 TILE_TOKENS = 4096
 
 

@@ -18,11 +18,11 @@ class Selection:
     rows: torch.Tensor
     """int32 [B, KV, R], token positions attended exactly; -1 fills unused places, which may be anywhere."""
     residual: torch.Tensor | None
-    """float32 [B, H, P], log of the summed exp(proxy score) of the page's tokens that are not attended; -inf where none."""
+    """float32 [B, H, P], log of the summed exp(proxy score) of the page's unattended candidates; -inf where none."""
 
 
 def candidate_range(seq_lens: torch.Tensor, config: LRQKConfig) -> tuple[int, torch.Tensor]:
-    """First candidate and, int64 [B], the end of the candidates: tokens of sealed pages that are neither sink nor recent."""
+    """First candidate and, int64 [B], the end of the candidates: sealed tokens that are neither sink nor recent."""
     sealed = seq_lens.long() // config.page_size * config.page_size
     return config.sink_tokens, torch.minimum(sealed, (seq_lens.long() - config.recent_tokens).clamp_min(0))
 
