@@ -38,6 +38,14 @@ class LayerState:
         self.config = config
         self.counters = counters
 
+    @property
+    def hot_bytes_per_request(self) -> int:
+        """Device bytes of one request's hot rows in this layer."""
+        if self.hot is None:
+            return 0
+        blocks = self.hot.format.blocks_for(self.config.num_hot_rows)
+        return blocks * self.hot.format.block_bytes * self.host.shape[1]
+
     def forward(
         self,
         query: torch.Tensor,

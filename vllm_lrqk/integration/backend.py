@@ -8,7 +8,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from vllm_lrqk.config import ConfigError
-from vllm_lrqk.integration.spec import FactorSpec, factor_spec
+from vllm_lrqk.integration.spec import FactorSpec, HotSpec, factor_spec
 from vllm_lrqk.integration.startup import host_plan, read_config
 from vllm_lrqk.plugin import BACKEND, HOT_BACKEND
 from vllm_lrqk.step import Step, build_step
@@ -122,8 +122,11 @@ class HotTableBuilder(AttentionMetadataBuilder[HotTable]):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        assert isinstance(kv_cache_spec, HotSpec)
+        self.blocks_per_request = kv_cache_spec.blocks_per_request
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> HotTable:
-        return HotTable(common_attn_metadata.block_table_tensor)
+        # vLLM pads the rows of a block table; the padding names the null block several times over.
+        return HotTable(common_attn_metadata.block_table_tensor[:, : self.blocks_per_request])

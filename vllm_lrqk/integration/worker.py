@@ -111,10 +111,11 @@ class WorkerExtension:
         impls = {name: layer.impl for name, layer in layers.items() if hasattr(layer, "impl")}
         states = [impl.state for impl in impls.values() if getattr(impl, "state", None) is not None]
         counters = states[0].counters if states else Counters()
+        tokens = states[0].host.shape[0] * states[0].host.shape[2] if states else 1
         return {
             "implementations": {name: type(impl).__name__ for name, impl in impls.items()},
-            "host_bytes": sum(state.host.nbytes for state in states),
-            "device_bytes": sum(state.factors.raw.numel() for state in states),
-            "tokens": states[0].host.shape[0] * states[0].host.shape[2] if states else 0,
+            "host_bytes_per_token": sum(state.host.nbytes for state in states) / tokens,
+            "device_bytes_per_token": sum(state.factors.bytes_per_token for state in states),
+            "hot_bytes_per_request": sum(state.hot_bytes_per_request for state in states),
             **asdict(counters),
         }
