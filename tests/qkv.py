@@ -52,7 +52,7 @@ SETS = {
     "s1": QKVSet(64, 8, 2, 2048, 128, 1e4, 101, jump_rate=0.0, content_rank=20, spectrum_decay=0.6, needles=4),
     "s2": QKVSet(128, 8, 2, 4096, 192, 5e5, 202, jump_rate=0.01, content_rank=28, spectrum_decay=0.7, needles=6),
     "s3": QKVSet(128, 16, 2, 8192, 128, 5e5, 303, jump_rate=0.01, content_rank=28, spectrum_decay=0.7, needles=6),
-    "s4": QKVSet(64, 16, 2, 6144, 128, 1e4, 404, jump_rate=0.0, content_rank=20, spectrum_decay=0.6, needles=4),
+    "s4": QKVSet(64, 16, 2, 6144, 128, 5e5, 404, jump_rate=0.01, content_rank=20, spectrum_decay=0.6, needles=4),
 }
 
 

@@ -35,7 +35,7 @@ class LRQKConfig:
     """How a page's keys are factorised; "key_pca" ignores the queries."""
     factor_dtype: str = field(default="int8", metadata={"choices": ("int8", "bfloat16")})
     """Storage type of the factors."""
-    iterations: int = field(default=2, metadata={"minimum": 1})
+    iterations: int = field(default=3, metadata={"minimum": 1})
     """Alternating updates per page."""
     lambda_q: float = field(default=1.0, metadata={"above": 0.0})
     """Weight of the query reconstruction term."""

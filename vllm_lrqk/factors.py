@@ -11,6 +11,8 @@ from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.page import FactorPages
 
 RIDGE = 1e-4
+QUERY_SHARE = 0.5
+"""Share of the queries at hand in G_Q; the rest is identity, so that a few queries cannot blind a page to the others."""
 
 
 def _solve_right(numerator: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -18,7 +20,8 @@ def _solve_right(numerator: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     rank = gram.shape[-1]
     mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     ridge = (RIDGE * mean_diagonal).clamp_min(torch.finfo(gram.dtype).tiny) * torch.eye(rank, device=gram.device)
-    return torch.linalg.solve(gram + ridge, numerator.mT).mT
+    # solve_ex: solve would wait for the device to look for singular matrices, which the ridge rules out.
+    return torch.linalg.solve_ex(gram + ridge, numerator.mT)[0].mT
 
 
 def _top_columns(gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int) -> torch.Tensor:
@@ -52,6 +55,16 @@ def lrqk_projections(
     return x, y
 
 
+def _query_metric(gram_q: torch.Tensor | None, gram_k: torch.Tensor) -> torch.Tensor:
+    """G_Q of the fit, float32 [..., d, d]: queries at hand and identity; identity alone where there are none."""
+    identity = torch.eye(gram_k.shape[-1], device=gram_k.device).expand_as(gram_k)
+    if gram_q is None:
+        return identity
+    mean_diagonal = gram_q.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    blend = QUERY_SHARE * gram_q + (1 - QUERY_SHARE) * mean_diagonal * identity
+    return torch.where(mean_diagonal > 0, blend, identity)
+
+
 def key_pca_projections(gram_k: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Leading eigenvectors of K'K, for both projections: float32 [..., d, r] twice."""
     vectors = torch.linalg.eigh(gram_k).eigenvectors[..., -rank:]
@@ -74,7 +87,7 @@ def seal_pages(
     Args:
         pages: int64 [M], distinct page ids.
         host: [num_pages, kv_heads, N, 2, d], the layer's host pages (keys at 0, values at 1).
-        gram_q: float32 [M, kv_heads, d, d], Q'Q of the queries at hand; None: no queries, identity.
+        gram_q: float32 [M, kv_heads, d, d], Q'Q of the queries at hand, zero for a page without any; None: no queries.
     """
     f = factors.format
     rows = host[pages]  # [M, KV, N, 2, d]
@@ -83,9 +96,8 @@ def seal_pages(
     if config.factorization == "key_pca":
         x, y = key_pca_projections(gram_k, f.rank)
     else:
-        if gram_q is None:
-            gram_q = torch.eye(f.head_size, device=key.device).expand_as(gram_k)
-        x, y = lrqk_projections(gram_q, gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
+        metric = _query_metric(gram_q, gram_k)
+        x, y = lrqk_projections(metric, gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
     # Balance the columns: only the product of a column of A and one of X matters.
     x_size = x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
     key_factor, key_scale = _quantize_columns(key @ (y * x_size), f.factor_dtype)
