@@ -6,6 +6,7 @@ guess divides by B_K B_K', the worst conditioned matrix of the method), so 3e-5 
 Starts, selections, hits and misses only copy and sort, and must be equal.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_every_iteration_lowers_the_objective(start):
     # Float64, so that rounding cannot hide or cause a rise.
     query, key, a_q, a_k = (matrix.double() for matrix in (query, key, *first))
     values = [objective(query, key, factorize_prompt(query, key, a_q, a_k, n, 0.0)) for n in range(1, 6)]
-    assert all(later < earlier for earlier, later in zip(values, values[1:]))
+    assert all(later < earlier for earlier, later in pairwise(values))
 
 
 def test_random_start_is_seeded():

@@ -12,7 +12,7 @@ from vllm_lrqk.page import FactorPages
 
 RIDGE = 1e-4
 QUERY_SHARE = 0.5
-"""Share of the queries at hand in G_Q; the rest is identity, so that a few queries cannot blind a page to the others."""
+"""Share of the queries at hand in G_Q; the rest is identity, so that a few of them do not blind a page to others."""
 
 
 def _solve_right(numerator: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -25,8 +25,11 @@ def _solve_right(numerator: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def _top_columns(gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int) -> torch.Tensor:
-    """Coordinate columns with the largest |Q| + |K| (the published "topcol" start): [..., d, r]."""
-    size = gram_q.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt() + gram_k.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    """Coordinate columns with the largest |Q| |K|, the start of the fit: one-hot [..., d, r].
+
+    The published "topcol" adds the two; the product is what a coordinate brings to the scores, at any magnitudes.
+    """
+    size = gram_q.diagonal(dim1=-2, dim2=-1) * gram_k.diagonal(dim1=-2, dim2=-1)
     columns = size.topk(rank, dim=-1).indices
     return torch.nn.functional.one_hot(columns, gram_q.shape[-1]).mT.to(gram_q.dtype)
 
@@ -55,14 +58,18 @@ def lrqk_projections(
     return x, y
 
 
+def _normalized(gram: torch.Tensor, mean_diagonal: float) -> torch.Tensor:
+    """Gram matrices [..., d, d] scaled to one mean diagonal; zero stays zero."""
+    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return torch.where(size > 0, gram * (mean_diagonal / size.clamp_min(torch.finfo(gram.dtype).tiny)), 0.0)
+
+
 def _query_metric(gram_q: torch.Tensor | None, gram_k: torch.Tensor) -> torch.Tensor:
-    """G_Q of the fit, float32 [..., d, d]: queries at hand and identity; identity alone where there are none."""
+    """G_Q of the fit, float32 [..., d, d], mean diagonal 1: queries at hand and identity, or identity alone."""
     identity = torch.eye(gram_k.shape[-1], device=gram_k.device).expand_as(gram_k)
     if gram_q is None:
         return identity
-    mean_diagonal = gram_q.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    blend = QUERY_SHARE * gram_q + (1 - QUERY_SHARE) * mean_diagonal * identity
-    return torch.where(mean_diagonal > 0, blend, identity)
+    return _normalized(QUERY_SHARE * _normalized(gram_q, 1.0) + (1 - QUERY_SHARE) * identity, 1.0)
 
 
 def key_pca_projections(gram_k: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,8 +103,10 @@ def seal_pages(
     if config.factorization == "key_pca":
         x, y = key_pca_projections(gram_k, f.rank)
     else:
-        metric = _query_metric(gram_q, gram_k)
-        x, y = lrqk_projections(metric, gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
+        # Magnitudes of Q and K say nothing about which directions matter, but would shift the weight of lambda.
+        tokens = float(f.page_size)
+        metric, normal_gram_k = tokens * _query_metric(gram_q, gram_k), _normalized(gram_k, tokens)
+        x, y = lrqk_projections(metric, normal_gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
     # Balance the columns: only the product of a column of A and one of X matters.
     x_size = x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
     key_factor, key_scale = _quantize_columns(key @ (y * x_size), f.factor_dtype)
