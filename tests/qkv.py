@@ -10,11 +10,12 @@ along the mid-frequency key mean (its score decays with distance), plus one alon
 (calibrated to a softmax mass of the sinks), plus noise. Needles are short spans with content and values of their
 own; while decoding, the interest of the retrieval heads turns to one of them for 10 to 24 steps at a time.
 
-Everything is seeded: a set is the same on every machine up to rounding.
+A set is the same on every machine up to rounding.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -56,18 +57,13 @@ SETS = {
 }
 
 
-@dataclass(frozen=True)
-class HeadRole:
-    """Targets that a query head is calibrated to."""
+class HeadRole(NamedTuple):
+    """What a query head is calibrated to: logits, and a softmax mass."""
 
     content_std: float
-    """Standard deviation of the content logits."""
-    recency: float
-    """Logit of the recency component at distance 0."""
+    recency_at_distance_0: float
     sink_mass: float
-    """Softmax mass of the four sink tokens."""
     needle: float
-    """Logit of a needle while it is looked for."""
 
 
 RETRIEVAL = HeadRole(2.3, 2.0, 0.35, 10.0)
@@ -98,15 +94,8 @@ def generate(spec: QKVSet) -> QKV:
     heads = [_KVHead(spec, source, tokens) for _ in range(spec.kv_heads)]
     query = _queries(spec, source, tokens, heads)
 
-    def stack(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(parts, 1).to(torch.bfloat16)
-
-    return QKV(
-        query.transpose(0, 1).to(torch.bfloat16).contiguous(),
-        stack([head.key for head in heads]),
-        stack([head.value for head in heads]),
-        spec.prompt_tokens,
-    )
+    key, value = (torch.stack(parts, 1) for parts in ([h.key for h in heads], [h.value for h in heads]))
+    return QKV(query.bfloat16(), key.bfloat16(), value.bfloat16(), spec.prompt_tokens)
 
 
 def rope(vectors: torch.Tensor, position: torch.Tensor, base: float) -> torch.Tensor:
@@ -226,17 +215,17 @@ def _needle_schedule(spec: QKVSet, source: _Source) -> torch.Tensor:
 
 
 def _queries(spec: QKVSet, source: _Source, tokens: _Tokens, kv_heads: list[_KVHead]) -> torch.Tensor:
-    """Queries after RoPE: float32 [H, L, d]."""
+    """Queries after RoPE: float32 [L, H, d]."""
     wanted = _needle_schedule(spec, source)
     group = spec.heads // spec.kv_heads
     draws = [_InterestDraws(spec, source) for _ in range(spec.heads)]
     interest = _interest(spec, tokens, draws)
-    return torch.stack(
-        [
-            _query_head(spec, tokens, kv_heads[h // group], ROLES[h % len(ROLES)], draws[h], interest[h], wanted)
-            for h in range(spec.heads)
-        ]
-    )
+    roles = [ROLES[h % len(ROLES)] for h in range(spec.heads)]
+    heads = [
+        _query_head(spec, tokens, kv_heads[h // group], roles[h], draws[h], interest[h], wanted)
+        for h in range(spec.heads)
+    ]
+    return torch.stack(heads, 1)
 
 
 class _InterestDraws:
@@ -283,8 +272,7 @@ def _query_head(
     wanted: torch.Tensor,
 ) -> torch.Tensor:
     """Queries of one head after RoPE, calibrated to its role: float32 [L, d]."""
-    targets = torch.tensor([role.content_std, role.recency, role.sink_mass, role.needle])
-    content_std, recency, sink_mass, needle = (targets * draw.jitter).tolist()
+    content_std, recency, sink_mass, needle = (torch.tensor(role) * draw.jitter).tolist()
     scale = spec.head_size**-0.5
     sample = torch.arange(spec.prompt_tokens // 2, spec.prompt_tokens, max(1, spec.prompt_tokens // 64))
     is_future = tokens.position[None] > sample[:, None]
