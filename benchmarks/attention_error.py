@@ -26,10 +26,10 @@ from vllm_lrqk.reference.published_attention import PublishedSettings  # noqa: E
 TOP_K, RECENT_TOKENS = 512, 64
 
 
-def paged(chunk_tokens: int | None = None, **values: int | float | str) -> dict:
+def paged(first_chunk: int | None = None, **values: int | float | str) -> dict:
     """A page-local configuration; `values` are what differs from the default with TOP_K."""
     config = LRQKConfig(**{"top_k": TOP_K, "recent_tokens": RECENT_TOKENS, "sink_tokens": 4, **values})  # type: ignore[arg-type]
-    return {"config": config, "chunk_tokens": chunk_tokens}
+    return {"config": config, "first_chunk": first_chunk}
 
 
 CONFIGURATIONS: dict[str, dict | PublishedSettings] = {
@@ -50,7 +50,7 @@ CONFIGURATIONS: dict[str, dict | PublishedSettings] = {
     "page size 64": paged(page_size=64),
     "page size 128": paged(page_size=128),
     "page size 512": paged(page_size=512),
-    "chunks of 263 tokens": paged(chunk_tokens=263),
+    "16 tokens' queries": paged(first_chunk=240),
 }
 
 

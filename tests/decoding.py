@@ -4,6 +4,8 @@ The error is the mean over decode steps and query heads of |o - o_dense| / |o_de
 output vector). Dense attention sees the same bfloat16 keys and values, in float32.
 """
 
+from itertools import pairwise
+
 import torch
 from qkv import QKV
 
@@ -85,14 +87,18 @@ class PagedLayer:
 
 
 def paged_decode(
-    qkv: QKV, steps: int, config: LRQKConfig, chunk_tokens: int | None = None
+    qkv: QKV, steps: int, config: LRQKConfig, first_chunk: int | None = None
 ) -> tuple[torch.Tensor, PagedLayer]:
-    """The prompt in chunks, then decode steps that append their token: outputs float32 [T, H, d] and the layer."""
+    """The prompt, then decode steps that append their token: outputs float32 [T, H, d] and the layer.
+
+    Args:
+        first_chunk: the prompt comes in chunks, this many tokens first and one page size at a time from there on;
+            None: at once.
+    """
     layer = PagedLayer(qkv, qkv.prompt_tokens + steps, config)
-    chunk_tokens = chunk_tokens or qkv.prompt_tokens
-    for start in range(0, qkv.prompt_tokens, chunk_tokens):
-        chunk = slice(start, min(start + chunk_tokens, qkv.prompt_tokens))
-        layer.append(qkv.key[chunk], qkv.value[chunk], qkv.query[chunk])
+    ends = [] if first_chunk is None else list(range(first_chunk, qkv.prompt_tokens, config.page_size))
+    for start, end in pairwise([0, *ends, qkv.prompt_tokens]):
+        layer.append(qkv.key[start:end], qkv.value[start:end], qkv.query[start:end])
     outputs = []
     for i in range(qkv.prompt_tokens, qkv.prompt_tokens + steps):
         layer.append(qkv.key[i : i + 1], qkv.value[i : i + 1], None)
