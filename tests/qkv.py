@@ -93,7 +93,6 @@ def generate(spec: QKVSet) -> QKV:
     tokens = _Tokens(spec, source)
     heads = [_KVHead(spec, source, tokens) for _ in range(spec.kv_heads)]
     query = _queries(spec, source, tokens, heads)
-
     key, value = (torch.stack(parts, 1) for parts in ([h.key for h in heads], [h.value for h in heads]))
     return QKV(query.bfloat16(), key.bfloat16(), value.bfloat16(), spec.prompt_tokens)
 
