@@ -15,9 +15,9 @@ def model(models):
     return tiny_llama(models, 4, 2, 64)
 
 
-def start(model, lrqk=None, hf_overrides=None, **settings):
+def start(model, lrqk=None, **settings):
     """Build the engine's configuration as `LLM` and `vllm serve` do, without loading anything."""
-    arguments = {"skip_tokenizer_init": True, "max_model_len": 2048, "dtype": "float32", "hf_overrides": hf_overrides}
+    arguments = {"skip_tokenizer_init": True, "max_model_len": 2048, "dtype": "float32"}
     arguments |= {"attention_backend": "LRQK", "additional_config": {"lrqk": lrqk or {}}} | settings
     return EngineArgs(model=str(model), **arguments).create_engine_config()
 
