@@ -60,4 +60,5 @@ def test_a_small_selection_that_cannot_score_fails(needle_folder):
         layers = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.vllm_config
         for layer in layers.compilation_config.static_forward_context.values():
             layer.impl.state.factors.scale.zero_()
-        assert ask(llm, text, range(4)) == [False] * 4
+        # Equal scores select some rows or other, perhaps the first ones: the needle at 1 % may be among them.
+        assert ask(llm, text, range(1, 4)) == [False] * 3

@@ -90,7 +90,6 @@ BAD_MODELS = {
         "qk_rope_head_dim": 32,
         "qk_nope_head_dim": 32,
         "v_head_dim": 64,
-        "n_routed_experts": None,
         "max_position_embeddings": 4096,
     },
     "encoder-decoder": {
