@@ -18,8 +18,8 @@ struct Partial {
   float* output;   // [G, d], of 2^(score - highest) value
 };
 
-inline void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+inline void prefetch(const void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
 }
 
 // scores[g][i] = q_g . row_i; the count is rounded up to whole batches, whose rows must be readable. Fetches the
@@ -29,20 +29,22 @@ inline void dot_rows(const float* query, int64_t head_size, const T* const* rows
                      float* scores) {
   constexpr int kBatch = W / B;
   for (int first = 0; first < count; first += kBatch) {
-    if (later) {
-      for (int row = 0; row < kBatch; ++row) prefetch_row(later[first + row], 2 * head_size * sizeof(T));
-    }
     F acc[W];
+    LRQK_UNROLL
     for (int i = 0; i < W; ++i) acc[i] = zero();
     for (int64_t i = 0; i < head_size; i += 2 * W) {
       F qa[B], qb[B];
+      LRQK_UNROLL
       for (int g = 0; g < B; ++g) {
         qa[g] = load(query + g * head_size + i);
         qb[g] = load(query + g * head_size + i + W);
       }
+      LRQK_UNROLL
       for (int row = 0; row < kBatch; ++row) {
+        if (later) prefetch(later[first + row] + i, 2 * W * sizeof(T));
         F a, b;
         load_pair(rows[first + row] + i, a, b);
+        LRQK_UNROLL
         for (int g = 0; g < B; ++g) {
           acc[g * kBatch + row] = fma(a, qa[g], acc[g * kBatch + row]);
           acc[g * kBatch + row] = fma(b, qb[g], acc[g * kBatch + row]);
@@ -51,26 +53,33 @@ inline void dot_rows(const float* query, int64_t head_size, const T* const* rows
     }
     alignas(64) float sums[W];
     store(sums, sum_each(acc));
+    LRQK_UNROLL
     for (int g = 0; g < B; ++g) {
-      for (int row = 0; row < kBatch; ++row) scores[g * kChunkRows + first + row] = sums[g * kBatch + row];
+      std::memcpy(scores + g * kChunkRows + first, sums + g * kBatch, kBatch * sizeof(float));
     }
   }
 }
 
-// output[g] = output[g] * keep[g] + sum_i weights[g][i] row_i, for kPairs pairs of columns.
+// output[g] = output[g] * keep[g] + sum_i weights[g][i] row_i, for kPairs pairs of columns. Fetches the same columns
+// of the rows of `later` meanwhile, if given.
 template <int B, int kPairs, class T>
-inline void add_columns(const T* const* rows, int64_t column, int count, const float* weights, const float* keep,
-                        float* output, int64_t head_size) {
+inline void add_columns(const T* const* rows, const T* const* later, int64_t column, int count, const float* weights,
+                        const float* keep, float* output, int64_t head_size) {
   F acc[B][2 * kPairs];
+  LRQK_UNROLL
   for (int g = 0; g < B; ++g) {
+    LRQK_UNROLL
     for (int i = 0; i < 2 * kPairs; ++i) {
       acc[g][i] = mul(load(output + g * head_size + column + i * W), set1(keep[g]));
     }
   }
   for (int row = 0; row < count; ++row) {
+    if (later) prefetch(later[row] + head_size + column, kPairs * 2 * W * sizeof(T));
+    LRQK_UNROLL
     for (int pair = 0; pair < kPairs; ++pair) {
       F a, b;
       load_pair(rows[row] + column + pair * 2 * W, a, b);
+      LRQK_UNROLL
       for (int g = 0; g < B; ++g) {
         const F weight = set1(weights[g * kChunkRows + row]);
         acc[g][2 * pair] = fma(a, weight, acc[g][2 * pair]);
@@ -78,23 +87,26 @@ inline void add_columns(const T* const* rows, int64_t column, int count, const f
       }
     }
   }
+  LRQK_UNROLL
   for (int g = 0; g < B; ++g) {
+    LRQK_UNROLL
     for (int i = 0; i < 2 * kPairs; ++i) store(output + g * head_size + column + i * W, acc[g][i]);
   }
 }
 
 template <class T>
-inline void add_rows(const T* const* rows, int count, const float* weights, const float* keep, int heads,
-                     int64_t head_size, float* output) {
+inline void add_rows(const T* const* rows, const T* const* later, int count, const float* weights, const float* keep,
+                     int heads, int64_t head_size, float* output) {
   for_head_blocks(heads, [&](auto block, int g) {
     constexpr int B = decltype(block)::value;
     const float* w = weights + g * kChunkRows;
     float* out = output + g * head_size;
+    const T* const* next = g == 0 ? later : nullptr;
     int64_t column = 0;
     for (; column + kColumnPairs * 2 * W <= head_size; column += kColumnPairs * 2 * W) {
-      add_columns<B, kColumnPairs>(rows, column, count, w, keep + g, out, head_size);
+      add_columns<B, kColumnPairs>(rows, next, column, count, w, keep + g, out, head_size);
     }
-    for (; column < head_size; column += 2 * W) add_columns<B, 1>(rows, column, count, w, keep + g, out, head_size);
+    for (; column < head_size; column += 2 * W) add_columns<B, 1>(rows, next, column, count, w, keep + g, out, head_size);
   });
 }
 
@@ -177,7 +189,7 @@ inline void attend_rows(const float* query, int heads, int64_t head_size, const 
       out.sum[g] = out.sum[g] * keep[g] + sum(total);
       out.highest[g] = highest;
     }
-    add_rows(values, here, scores, keep, heads, head_size, out.output);
+    add_rows(values, later, here, scores, keep, heads, head_size, out.output);
   }
   to_natural_order<T>(out.output, heads, head_size);
 }

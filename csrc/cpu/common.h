@@ -5,6 +5,9 @@
 
 #include "args.h"
 
+// Before loops over arrays of vectors, which have to become registers.
+#define LRQK_UNROLL _Pragma("GCC unroll 16")
+
 namespace lrqk {
 
 // Memory of the calling thread, kept between calls and only ever grown: a fresh mapping per decode step would
@@ -13,6 +16,7 @@ enum class Scratch { kCall, kTask };
 void* scratch(Scratch slot, size_t bytes);
 
 constexpr float kMasked = -1e30f;  // a score that stands for minus infinity and survives subtraction
+constexpr int kMaxGroup = 64;
 constexpr float kLog2e = 1.44269504088896340736f;
 
 namespace LRQK_ISA {

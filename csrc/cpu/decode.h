@@ -55,7 +55,7 @@ inline void attend_task(const DecodeArgs& a, Item& item, int64_t task, float* sc
         out.sum[g] += weight[i];
       }
     }
-    add_rows(means, here, scores, keep, group, a.head_size, out.output);
+    add_rows<bf16>(means, nullptr, here, scores, keep, group, a.head_size, out.output);
   }
   to_natural_order<bf16>(out.output, group, a.head_size);
 }
@@ -88,8 +88,8 @@ inline void write_selection(const DecodeArgs& a, const Item& item) {
 
 // Working memory of one attention task: scores [G, kChunkRows], keep [G], total [d].
 struct TaskMemory {
-  float scores[64 * kChunkRows];
-  float keep[64];
+  float scores[kMaxGroup * kChunkRows];
+  float keep[kMaxGroup];
   float total[1024];
 };
 

@@ -69,7 +69,7 @@ inline Item make_item(const DecodeArgs& a, int64_t index) {
   item.residual_tasks = a.output && item.has_residual ? ceil_div(item.num_pages, kTaskPages) : 0;
   // Peaks of a few tokens each give a lower bound of the k-th largest weight at a fraction of the work.
   item.peak_span = 1;
-  while (item.peak_span * 2 * W <= n && candidates >= 8 * a.top_k * item.peak_span) item.peak_span *= 2;
+  while (item.peak_span * 2 * W <= n && candidates >= 4 * a.top_k * item.peak_span) item.peak_span *= 2;
   return item;
 }
 

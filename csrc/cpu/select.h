@@ -47,42 +47,69 @@ inline void for_others(const Span& span, int64_t page_size, const Visit& visit) 
   for (int64_t n = span.end; n < page_size; ++n) visit(n);
 }
 
+inline float& token_of(float* page, int64_t n, int64_t g, int64_t group) {
+  return page[(n / W * group + g) * W + n % W];
+}
+
+// From score sums to 2^(score - highest), in place; returns their total.
+template <bool kIsInt>
+inline float exponentiate(float* sums, int64_t vectors, int64_t stride, float unit, float highest) {
+  F total = zero();
+  const F factor = set1(unit), shift = set1(-highest);
+  for (int64_t i = 0; i < vectors; ++i, sums += stride) {
+    const F value = kIsInt ? to_float(load_words(sums)) : load(sums);
+    const F weight = exp2(fma(value, factor, shift));
+    store(sums, weight);
+    total = add(total, weight);
+  }
+  return sum(total);
+}
+
+template <bool kIsInt>
+inline float highest_sum(const float* sums, int64_t vectors, int64_t stride) {
+  F top = set1(kMasked);
+  for (int64_t i = 0; i < vectors; ++i, sums += stride) top = max(top, kIsInt ? to_float(load_words(sums)) : load(sums));
+  return maximum(top);
+}
+
+inline float total_of(const float* values, int64_t vectors, int64_t stride) {
+  F total = zero();
+  for (int64_t i = 0; i < vectors; ++i, values += stride) total = add(total, load(values));
+  return sum(total);
+}
+
 // weights, page_max and page_sum of the pages of one range.
 inline void score_range(const DecodeArgs& a, Item& item, int64_t range) {
   const int group = static_cast<int>(a.heads / a.kv_heads);
   const int64_t n = a.page_size;
+  const bool is_int = a.layout.is_int8;
   const int64_t stop = smaller(item.num_pages, (range + 1) * item.range_pages);
   for (int64_t p = larger(range * item.range_pages, item.first_page); p < stop; ++p) {
     float* weights = item.weights + p * n * group;
     const FactorPage page = factor_page(a, item, p);
-    float highest[64];
+    const uint8_t* next = p + 1 < stop ? factor_page(a, item, p + 1).data : nullptr;
+    float unit[kMaxGroup], highest[kMaxGroup];
     for_head_blocks(group, [&](auto block, int g) {
-      score_page<decltype(block)::value>(page, item.proxy_query, group, g, a.head_size, n, weights, highest + g);
+      score_page<decltype(block)::value>(page, item.proxy_query, group, g, a.head_size, n, g == 0 ? next : nullptr,
+                                         weights + g * W, unit + g, highest + g);
     });
-    if (p + 1 < stop) {
-      const FactorPage next = factor_page(a, item, p + 1);
-      for (int64_t i = 0; i < a.layout.value_mean_offset; i += 64) __builtin_prefetch(next.data + i, 0, 2);
-    }
     const Span span = candidates_of(a, item, p);
-    if (!span.covers(n)) {
-      for (int g = 0; g < group; ++g) {
-        const auto at = [&](int64_t i) -> float& { return weights[(i / W * group + g) * W + i % W]; };
-        for_others(span, n, [&](int64_t i) { at(i) = kMasked; });
-        highest[g] = kMasked;
-        for (int64_t i = span.begin; i < span.end; ++i) highest[g] = larger(highest[g], at(i));
-      }
-    }
     for (int g = 0; g < group; ++g) {
-      const F top = set1(highest[g]);
-      F total = zero();
-      for (int64_t i = 0; i < n / W; ++i) {
-        float* w = weights + (i * group + g) * W;
-        const F weight = exp2(sub(load(w), top));
-        store(w, weight);
-        total = add(total, weight);
+      float* sums = weights + g * W;
+      if (!span.covers(n)) {
+        const float masked = is_int ? float_of(static_cast<uint32_t>(INT32_MIN)) : kMasked;
+        for_others(span, n, [&](int64_t i) { token_of(weights, i, g, group) = masked; });
+        highest[g] = is_int ? highest_sum<true>(sums, n / W, group * W) * unit[g]
+                            : highest_sum<false>(sums, n / W, group * W) * unit[g];
+      }
+      float total = is_int ? exponentiate<true>(sums, n / W, group * W, unit[g], highest[g])
+                           : exponentiate<false>(sums, n / W, group * W, unit[g], highest[g]);
+      if (!span.covers(n)) {
+        for_others(span, n, [&](int64_t i) { token_of(weights, i, g, group) = 0.0f; });
+        total = total_of(sums, n / W, group * W);
       }
       item.page_max[g * item.pages + p] = highest[g];
-      item.page_sum[g * item.pages + p] = sum(total);
+      item.page_sum[g * item.pages + p] = total;
     }
   }
 }
@@ -134,10 +161,12 @@ inline void weigh_range(const DecodeArgs& a, Item& item, int64_t range) {
   }
 }
 
+constexpr int kThresholdBits = 18;  // a lower threshold only keeps a few tokens more
+
 inline void find_threshold(const DecodeArgs& a, Item& item) {
   const int64_t tokens = item.num_pages * a.page_size;
   const float* values = item.peak_span > 1 ? item.peaks : item.group_weight;
-  item.threshold = kth_largest(values, tokens / item.peak_span, a.top_k);
+  item.threshold = kth_largest(values, tokens / item.peak_span, a.top_k, kThresholdBits);
 }
 
 // Keeps what reaches the threshold: everything that may be selected, and little more.
@@ -165,7 +194,9 @@ inline void choose(const DecodeArgs& a, Item& item) {
     std::memmove(item.kept_index + count, item.kept_index + range * stride, item.range_kept[range] * sizeof(int32_t));
     count += item.range_kept[range];
   }
-  const float least = item.peak_span > 1 ? kth_largest(item.kept_weight, count, a.top_k) : item.threshold;
+  const int64_t padded = ceil_div(count, W) * W;
+  for (int64_t i = count; i < padded; ++i) item.kept_weight[i] = -1.0f;
+  const float least = kth_largest(item.kept_weight, padded, a.top_k, 31);
   int64_t ties = a.top_k;
   for (int64_t i = 0; i < count; ++i) ties -= item.kept_weight[i] > least;
   int64_t chosen = 0;
@@ -195,21 +226,20 @@ inline void subtract_selected(const DecodeArgs& a, Item& item, int64_t range) {
   while (i < item.num_selected && item.rows[i] < stop) {
     const int64_t page = item.rows[i] / n, begin = i;
     float* weights = item.weights + page * n * group;
-    const auto at = [&](int64_t row, int64_t g) -> float& {
-      const int64_t token = row - page * n;
-      return weights[(token / W * group + g) * W + token % W];
-    };
-    while (i < item.num_selected && item.rows[i] < (page + 1) * n) ++i;
+    float taken[kMaxGroup] = {};
+    for (; i < item.num_selected && item.rows[i] < (page + 1) * n; ++i) {
+      const float* weight = &token_of(weights, item.rows[i] - page * n, 0, group);
+      for (int64_t g = 0; g < group; ++g) taken[g] += weight[g * W];
+    }
     for (int64_t g = 0; g < group; ++g) {
       float& left = item.page_sum[g * item.pages + page];
-      const float whole = left;
-      for (int64_t k = begin; k < i; ++k) left -= at(item.rows[k], g);
-      if (left >= whole * 0x1p-6f) continue;
-      // The difference has lost too many digits: add up what is left.
-      for (int64_t k = begin; k < i; ++k) at(item.rows[k], g) = 0.0f;
-      F total = zero();
-      for (int64_t k = 0; k < n / W; ++k) total = add(total, load(weights + (k * group + g) * W));
-      left = sum(total);
+      if (taken[g] <= left * (1.0f - 0x1p-6f)) {
+        left -= taken[g];
+        continue;
+      }
+      // The difference would lose too many digits: add up what is left.
+      for (int64_t k = begin; k < i; ++k) token_of(weights, item.rows[k] - page * n, g, group) = 0.0f;
+      left = total_of(weights + g * W, n / W, group * W);
     }
   }
 }

@@ -80,6 +80,9 @@ constexpr int pair_index(const T*, int half, int lane) {
 constexpr int pair_index(const bf16*, int half, int lane) { return 2 * lane + half; }
 
 inline uint32_t at_least(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+inline I count_at_least(I acc, F a, F b) {
+  return _mm256_sub_epi32(acc, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
 inline int compress(float* p, F a, uint32_t mask) {
   float lanes[W];
   store(lanes, a);
@@ -108,6 +111,9 @@ inline F exp2(F a) {
 }
 
 inline I int_zero() { return _mm256_setzero_si256(); }
+inline I int_set1(int32_t x) { return _mm256_set1_epi32(x); }
+inline I max(I a, I b) { return _mm256_max_epi32(a, b); }
+inline void store_words(void* p, I a) { _mm256_storeu_si256((I*)p, a); }
 inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 inline I load_words(const void* p) { return _mm256_loadu_si256((const I*)p); }
 inline I even_bytes(I a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }

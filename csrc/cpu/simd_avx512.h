@@ -69,6 +69,10 @@ constexpr int pair_index(const bf16*, int half, int lane) { return 2 * lane + ha
 
 // a >= b, one bit per lane.
 inline uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+// acc + 1 in the lanes where a >= b.
+inline I count_at_least(I acc, F a, F b) {
+  return _mm512_mask_add_epi32(acc, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), acc, _mm512_set1_epi32(1));
+}
 // Writes the lanes of `mask` side by side; returns how many. May write up to W places.
 inline int compress(float* p, F a, uint32_t mask) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), a));
@@ -84,18 +88,20 @@ inline int compress_index(int32_t* p, int32_t base, uint32_t mask) {
 
 // 2^a for a <= 127; results below 2^-126 may be anything down to 0.
 inline F exp2(F a) {
-  const F n = _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const F f = sub(a, n);
-  F p = set1(1.3333558e-3f);
-  p = fma(p, f, set1(9.6181291e-3f));
-  p = fma(p, f, set1(5.5504109e-2f));
-  p = fma(p, f, set1(2.4022651e-1f));
-  p = fma(p, f, set1(6.9314718e-1f));
-  p = fma(p, f, set1(1.0f));
-  return _mm512_scalef_ps(p, n);
+  const F f = _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // a - floor(a)
+  F p = set1(1.8775767e-3f);
+  p = fma(p, f, set1(8.9893397e-3f));
+  p = fma(p, f, set1(5.5826318e-2f));
+  p = fma(p, f, set1(2.4015361e-1f));
+  p = fma(p, f, set1(6.9315308e-1f));
+  p = fma(p, f, set1(9.9999994e-1f));
+  return _mm512_scalef_ps(p, a);  // floors its exponent
 }
 
 inline I int_zero() { return _mm512_setzero_si512(); }
+inline I int_set1(int32_t x) { return _mm512_set1_epi32(x); }
+inline I max(I a, I b) { return _mm512_max_epi32(a, b); }
+inline void store_words(void* p, I a) { _mm512_storeu_si512(p, a); }
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I load_words(const void* p) { return _mm512_loadu_si512(p); }
 // The int8 at even and at odd places of each int16.

@@ -98,6 +98,7 @@ inline uint32_t at_least(F a, F b) {
   const I is = a >= b;
   return (is[0] & 1) | (is[1] & 2) | (is[2] & 4) | (is[3] & 8);
 }
+inline I count_at_least(I acc, F a, F b) { return acc - (I)(a >= b); }
 inline int compress(float* p, F a, uint32_t mask) {
   int count = 0;
   for (int i = 0; i < W; ++i) {
@@ -136,6 +137,9 @@ inline F exp2(F a) {
 
 inline I int_zero() { return I{}; }
 inline I load_words(const void* p) { return load_bytes<I>(p); }
+inline I int_set1(int32_t x) { return splat(x); }
+inline I max(I a, I b) { return a > b ? a : b; }
+inline void store_words(void* p, I a) { std::memcpy(p, &a, sizeof(a)); }
 typedef int16_t Short __attribute__((vector_size(16)));
 inline I even_bytes(I a) { return (I)(((Short)a << 8) >> 8); }
 inline I odd_bytes(I a) { return (I)((Short)a >> 8); }

@@ -1,4 +1,4 @@
-// The k-th largest of many non-negative floats, by radix select over their bits.
+// The k-th largest of many floats, bit by bit: each bit is one vectorised count.
 #pragma once
 
 #include <cstring>
@@ -8,46 +8,30 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
-inline int32_t bits_of(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
-// Index of the bucket that holds the k-th largest, counted from the last bucket; k becomes its place in there.
-inline int bucket_of(const uint32_t* histogram, int buckets, int64_t& k) {
-  int b = buckets - 1;
-  for (; b > 0 && k > histogram[b]; --b) k -= histogram[b];
-  return b;
-}
-
-// Negative values do not take part; with fewer than k others the result is 0.
-inline float kth_largest(const float* values, int64_t n, int64_t k) {
-  constexpr int kBits = 11, kBuckets = 1 << kBits;
-  uint32_t histogram[2][kBuckets];
-  std::memset(histogram, 0, sizeof(histogram));
-  int64_t valid = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t bits = bits_of(values[i]);
-    const int32_t is_valid = bits >= 0;
-    // Neighbours often share a bucket: two tables keep their increments independent.
-    histogram[i & 1][(bits >> 20) & (kBuckets - 1)] += is_valid;
-    valid += is_valid;
-  }
-  if (valid < k) return 0.0f;
-  for (int b = 0; b < kBuckets; ++b) histogram[0][b] += histogram[1][b];
-  int32_t prefix = bucket_of(histogram[0], kBuckets, k);
-  for (int shift = 10; shift >= 0; shift -= 10) {
-    std::memset(histogram[0], 0, sizeof(histogram[0]));
-    for (int64_t i = 0; i < n; ++i) {
-      const int32_t bits = bits_of(values[i]);
-      if (bits >> (shift + 10) == prefix) ++histogram[0][(bits >> shift) & 1023];
+// The k-th largest, rounded down to its leading `bits` of 31. Negative values do not take part; with fewer than k
+// others the result is 0. The count is a multiple of W.
+inline float kth_largest(const float* values, int64_t n, int64_t k, int bits) {
+  uint32_t result = 0;
+  for (int bit = 30; bit > 30 - bits; --bit) {
+    const uint32_t candidate = result | 1u << bit;
+    const F least = set1(float_of(candidate));
+    I counts[2] = {int_zero(), int_zero()};
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+      counts[0] = count_at_least(counts[0], load(values + i), least);
+      counts[1] = count_at_least(counts[1], load(values + i + W), least);
     }
-    prefix = prefix << 10 | bucket_of(histogram[0], 1024, k);
+    if (i < n) counts[0] = count_at_least(counts[0], load(values + i), least);
+    const float count = sum(add(to_float(counts[0]), to_float(counts[1])));
+    if (count >= static_cast<float>(k)) result = candidate;
   }
-  float result;
-  std::memcpy(&result, &prefix, 4);
-  return result;
+  return float_of(result);
 }
 
 }  // namespace LRQK_ISA
