@@ -106,7 +106,6 @@ struct Parallel {
 
 struct KernelTable {
   void (*decode)(const DecodeArgs&, const Parallel&);
-  void (*select)(const DecodeArgs&, const Parallel&);
   void (*append)(const AppendArgs&, const Parallel&);
   void (*seal)(const SealArgs&, const Parallel&);
   void (*prefill)(const PrefillArgs&, const Parallel&);

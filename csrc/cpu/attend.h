@@ -8,7 +8,7 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
-constexpr int kChunkRows = 32;  // rows whose values stay in the first-level cache between scores and sums
+constexpr int kChunkRows = 16;  // rows whose values stay in the first-level cache between scores and sums
 constexpr int kColumnPairs = W >= 16 ? 2 : 1;
 
 // Softmax over some of the rows: heads [G], with scores in units of log 2.

@@ -101,7 +101,7 @@ inline void select_item(const DecodeArgs& a, Item& item) {
     for (int64_t i = 0; i < item.ranges; ++i) weigh_range(a, item, i);
     find_threshold(a, item);
     for (int64_t i = 0; i < item.ranges; ++i) keep_range(a, item, i);
-    choose(a, item);
+    choose_rows(a, item);
     if (item.has_residual) {
       for (int64_t i = 0; i < item.ranges; ++i) subtract_selected(a, item, i);
     }
@@ -152,7 +152,7 @@ inline void run_split(const DecodeArgs& a, Item* items, int64_t num_items, const
   });
   for_each_part(parallel, items, num_items, by_range, [&](Item& item, int64_t i) { keep_range(a, item, i); });
   for_each_part(parallel, items, num_items, by_item, [&](Item& item, int64_t) {
-    if (item.is_scored) choose(a, item);
+    if (item.is_scored) choose_rows(a, item);
     list_rows(a, item);
   });
   for_each_part(

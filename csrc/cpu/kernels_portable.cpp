@@ -3,5 +3,5 @@
 #include "kernels.h"
 
 namespace lrqk {
-const KernelTable kPortableKernels = {portable::decode, portable::decode, nullptr, nullptr, nullptr, portable::W};
+const KernelTable kPortableKernels = {portable::decode, portable::append, nullptr, portable::prefill, portable::W};
 }  // namespace lrqk

@@ -202,7 +202,7 @@ inline void score_page(const FactorPage& page, const ProxyQuery& query, int head
   const int64_t share = ceil_div(page.layout->value_mean_offset * kTokenVectors * W, page_size * 64) * 64;
   for (; n + kTokenVectors * W <= page_size; n += kTokenVectors * W) {
     if (next) {
-      for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next + i, 0, 2);
+      for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next + i, 0, 3);
       next += share;
     }
     score_tokens<B, kTokenVectors>(page, words, heads, page_size, n, sums, top);

@@ -186,7 +186,7 @@ inline void keep_range(const DecodeArgs& a, Item& item, int64_t range) {
 }
 
 // The first num_selected places of `rows`, ascending. Of equal weights the earlier tokens win.
-inline void choose(const DecodeArgs& a, Item& item) {
+inline void choose_rows(const DecodeArgs& a, Item& item) {
   const int64_t stride = item.range_pages * a.page_size + W;
   int64_t count = item.range_kept[0];
   for (int64_t range = 1; range < item.ranges; ++range) {

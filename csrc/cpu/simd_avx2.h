@@ -79,6 +79,9 @@ constexpr int pair_index(const T*, int half, int lane) {
 }
 constexpr int pair_index(const bf16*, int half, int lane) { return 2 * lane + half; }
 
+inline F choose(F a, F b, F value, F other) {
+  return _mm256_blendv_ps(other, value, _mm256_cmp_ps(a, b, _CMP_GE_OQ));
+}
 inline uint32_t at_least(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 inline I count_at_least(I acc, F a, F b) {
   return _mm256_sub_epi32(acc, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));

@@ -67,6 +67,10 @@ constexpr int pair_index(const T*, int half, int lane) {
 }
 constexpr int pair_index(const bf16*, int half, int lane) { return 2 * lane + half; }
 
+// value where a >= b, else other.
+inline F choose(F a, F b, F value, F other) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), other, value);
+}
 // a >= b, one bit per lane.
 inline uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 // acc + 1 in the lanes where a >= b.

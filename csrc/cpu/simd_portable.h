@@ -94,6 +94,7 @@ constexpr int pair_index(const T*, int half, int lane) {
 }
 constexpr int pair_index(const bf16*, int half, int lane) { return 2 * lane + half; }
 
+inline F choose(F a, F b, F value, F other) { return a >= b ? value : other; }
 inline uint32_t at_least(F a, F b) {
   const I is = a >= b;
   return (is[0] & 1) | (is[1] & 2) | (is[2] & 4) | (is[3] & 8);
