@@ -91,6 +91,8 @@ lrqk::DecodeArgs selection_args(const Tensor& query, const Tensor& factors, cons
   a.kv_heads = factors.size(1);
   a.head_size = query.size(2);
   a.page_size = page_size;
+  STD_TORCH_CHECK(page_size >= 16 && page_size <= 1024 && (page_size & (page_size - 1)) == 0, "unsupported page size");
+  while (int64_t{1} << a.page_shift < page_size) ++a.page_shift;
   a.top_k = top_k;
   a.recent_tokens = recent_tokens;
   a.sink_tokens = sink_tokens;

@@ -53,6 +53,7 @@ struct DecodeArgs {
   float* residual;         // select: [B, H, residual_pages], or null
   int64_t residual_pages;
   int64_t requests, heads, kv_heads, head_size, page_size;
+  int page_shift;  // page_size is 1 << page_shift
   int64_t top_k, recent_tokens, sink_tokens;
   bool with_residual;
   float scale;

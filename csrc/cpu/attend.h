@@ -8,7 +8,7 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
-constexpr int kChunkRows = 16;  // rows whose values stay in the first-level cache between scores and sums
+constexpr int kChunkRows = 32;  // rows whose values stay in the first-level cache between scores and sums
 constexpr int kColumnPairs = W >= 16 ? 2 : 1;
 
 // Softmax over some of the rows: heads [G], with scores in units of log 2.
@@ -145,23 +145,23 @@ inline void clear(const Partial& partial, int heads, int64_t head_size) {
   std::memset(partial.output, 0, heads * head_size * sizeof(float));
 }
 
-// Attends rows(0) ... rows(count - 1), each a key with its value behind it. `scores` [G, kChunkRows] and `keep` [G]
-// are working memory.
+// Attends rows(0) ... rows(count - 1), each a key with its value behind it. Rows up to `available` are fetched for
+// whoever comes next. `scores` [G, kChunkRows] and `keep` [G] are working memory.
 template <class T, class Rows>
 inline void attend_rows(const float* query, int heads, int64_t head_size, const Rows& rows, int64_t count,
-                        float* scores, float* keep, const Partial& out) {
+                        int64_t available, float* scores, float* keep, const Partial& out) {
   clear(out, heads, head_size);
   const T* keys[2][kChunkRows];
   const T* values[kChunkRows];
   const auto find = [&](int64_t first, const T** pointers) {
-    for (int i = 0; i < kChunkRows; ++i) pointers[i] = rows(smaller(first + i, count - 1));
+    for (int i = 0; i < kChunkRows; ++i) pointers[i] = rows(smaller(first + i, available - 1));
   };
   if (count > 0) find(0, keys[0]);
   for (int64_t first = 0; first < count; first += kChunkRows) {
     const int here = static_cast<int>(smaller<int64_t>(kChunkRows, count - first));
     const T** now = keys[first / kChunkRows % 2];
     const T** later = nullptr;
-    if (first + kChunkRows < count) {
+    if (first + kChunkRows < available) {
       later = keys[1 - first / kChunkRows % 2];
       find(first + kChunkRows, later);
     }

@@ -4,7 +4,7 @@
 // for longer than its share is split by ranges of pages and of rows. Both ways compute the same numbers.
 #pragma once
 
-#include "select.h"
+#include "choose.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
@@ -15,16 +15,16 @@ inline void attend_task(const DecodeArgs& a, Item& item, int64_t task, float* sc
   if (task < item.row_tasks) {
     const int32_t* rows = item.rows + task * kTaskRows;
     const int64_t count = smaller(kTaskRows, item.num_rows - task * kTaskRows);
-    const int shift = __builtin_ctzll(a.page_size);
     with_type(a.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       const T* host = static_cast<const T*>(a.host.data) + item.kv_head * a.host.head_stride;
       const auto row = [&](int64_t i) {
         const int64_t token = rows[i];
-        return host + item.table[token >> shift] * a.host.page_stride +
+        return host + item.table[token >> a.page_shift] * a.host.page_stride +
                (token & (a.page_size - 1)) * 2 * a.head_size;
       };
-      attend_rows<T>(item.attend_query, group, a.head_size, row, count, scores, keep, out);
+      const int64_t available = item.num_rows - task * kTaskRows;
+      attend_rows<T>(item.attend_query, group, a.head_size, row, count, available, scores, keep, out);
     });
     return;
   }
@@ -34,7 +34,7 @@ inline void attend_task(const DecodeArgs& a, Item& item, int64_t task, float* sc
   for (int g = 0; g < group; ++g) {
     for (int64_t p = begin; p < end; ++p) {
       if (item.page_sum[g * item.pages + p] > 0.0f) {
-        out.highest[g] = larger(out.highest[g], item.page_max[g * item.pages + p]);
+        out.highest[g] = larger(out.highest[g], item.reference[g * item.pages + p]);
       }
     }
     keep[g] = 1.0f;
@@ -42,11 +42,15 @@ inline void attend_task(const DecodeArgs& a, Item& item, int64_t task, float* sc
   for (int64_t p = begin; p < end; p += kChunkRows) {
     const bf16* means[kChunkRows];
     const int here = static_cast<int>(smaller<int64_t>(kChunkRows, end - p));
-    for (int i = 0; i < here; ++i) means[i] = factor_page(a, item, p + i).value_mean();
+    for (int i = 0; i < here; ++i) {
+      means[i] = factor_page(a, item, p + i).value_mean();
+      if (p + i + kChunkRows >= end) continue;
+      prefetch(factor_page(a, item, p + i + kChunkRows).value_mean(), a.head_size * sizeof(bf16));
+    }
     for (int g = 0; g < group; ++g) {
       float* weight = scores + g * kChunkRows;
       for (int i = 0; i < kChunkRows; ++i) {
-        weight[i] = i < here ? item.page_max[g * item.pages + p + i] - out.highest[g] : kMasked;
+        weight[i] = i < here ? item.reference[g * item.pages + p + i] - out.highest[g] : kMasked;
       }
       for (int i = 0; i < kChunkRows; i += W) store(weight + i, exp2(load(weight + i)));
       for (int i = 0; i < here; ++i) {
@@ -81,7 +85,7 @@ inline void write_selection(const DecodeArgs& a, const Item& item) {
     for (int64_t p = 0; p < a.residual_pages; ++p) {
       const bool is_counted = item.has_residual && p >= item.first_page && p < item.num_pages;
       const float left = is_counted ? item.page_sum[g * item.pages + p] : 0.0f;
-      out[p] = left > 0.0f ? item.page_max[g * item.pages + p] / kLog2e + __builtin_logf(left) : -__builtin_inff();
+      out[p] = left > 0.0f ? item.reference[g * item.pages + p] / kLog2e + __builtin_logf(left) : -__builtin_inff();
     }
   }
 }
@@ -96,15 +100,13 @@ struct TaskMemory {
 inline void select_item(const DecodeArgs& a, Item& item) {
   prepare(a, item);
   if (item.is_scored) {
-    for (int64_t i = 0; i < item.ranges; ++i) score_range(a, item, i);
+    for (int64_t i = 0; i < item.ranges; ++i) scan_range(a, item, i);
     normalize(a, item);
     for (int64_t i = 0; i < item.ranges; ++i) weigh_range(a, item, i);
     find_threshold(a, item);
     for (int64_t i = 0; i < item.ranges; ++i) keep_range(a, item, i);
     choose_rows(a, item);
-    if (item.has_residual) {
-      for (int64_t i = 0; i < item.ranges; ++i) subtract_selected(a, item, i);
-    }
+    for (int64_t i = 0; item.has_residual && i < item.ranges; ++i) subtract_range(a, item, i);
   }
   list_rows(a, item);
 }
@@ -142,7 +144,7 @@ inline void run_split(const DecodeArgs& a, Item* items, int64_t num_items, const
   const auto by_item = [](const Item&) -> int64_t { return 1; };
   const auto by_range = [](const Item& item) { return item.ranges; };
   for_each_part(parallel, items, num_items, by_item, [&](Item& item, int64_t) { prepare(a, item); });
-  for_each_part(parallel, items, num_items, by_range, [&](Item& item, int64_t i) { score_range(a, item, i); });
+  for_each_part(parallel, items, num_items, by_range, [&](Item& item, int64_t i) { scan_range(a, item, i); });
   for_each_part(parallel, items, num_items, by_item, [&](Item& item, int64_t) {
     if (item.is_scored) normalize(a, item);
   });
@@ -157,7 +159,7 @@ inline void run_split(const DecodeArgs& a, Item* items, int64_t num_items, const
   });
   for_each_part(
       parallel, items, num_items, [](const Item& item) { return item.has_residual ? item.ranges : 0; },
-      [&](Item& item, int64_t i) { subtract_selected(a, item, i); });
+      [&](Item& item, int64_t i) { subtract_range(a, item, i); });
   for_each_part(
       parallel, items, num_items, [](const Item& item) { return item.row_tasks + item.residual_tasks; },
       [&](Item& item, int64_t i) {

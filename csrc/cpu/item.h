@@ -22,26 +22,31 @@ struct Item {
   int64_t always;  // rows that are attended in any case
   int64_t num_rows;
 
-  ProxyQuery proxy_query;
-  float* query;          // [G, d], natural order
-  float* attend_query;   // [G, d], load_pair's order
-  float* weights;        // [num_pages, N / W, G, W], 2^(score - page_max)
-  float* page_max;       // [G, pages]
-  float* page_sum;       // [G, pages], of `weights`; later of those that were not selected
-  float* coefficient;    // [G, pages], 2^(page_max - log-sum-exp of the head)
-  int64_t pages;         // num_pages rounded up to W
-  float* group_weight;   // [num_pages, N], summed softmax weight; -1 where no candidate
-  float* peaks;          // [num_pages, N / peak_span], largest of each peak_span tokens
-  int64_t peak_span;
-  float* kept_weight;    // [ranges, range_pages N + W], those that may be selected
-  int32_t* kept_index;   // [ranges, range_pages N + W]
-  int64_t* range_kept;   // [ranges]
-  float threshold;
-  int32_t* rows;         // [num_rows], ascending candidates, then the rest
+  float* query;         // [G, d], natural order
+  float* attend_query;  // [G, d], load_pair's order
+  int32_t* rows;        // [num_rows], ascending candidates, then the rest
   int64_t num_selected;
-  Partial* partials;     // [row_tasks + residual_tasks]
+  Partial* partials;  // [row_tasks + residual_tasks]
   int64_t row_tasks, residual_tasks;
-  int64_t range_pages, ranges;
+
+  // Of scored items. Scores are in units of log 2; `pages` is num_pages rounded up to W.
+  int64_t pages, range_pages, ranges;
+  ProxyQuery proxy_query;
+  int32_t* words;       // [ranges, G, stride], the query projected on the page at hand
+  float* unit;          // [ranges, G]
+  int stride;           // rank rounded up to W
+  float* weights;       // [num_pages, N / W, G, W], 2^(score - reference)
+  float* reference;     // [G, pages], the head's log-sum-exp over the pages before, roughly
+  float* page_sum;      // [G, pages], of `weights`; later without the selected tokens
+  float* coefficient;   // [G, pages], 2^(reference - log-sum-exp over all pages)
+  float* group_weight;  // [num_pages, N], softmax weights summed over the heads; -1 where no candidate
+  float* peaks;         // [num_pages, N / peak_span], largest of each peak_span tokens
+  int64_t peak_span;
+  float threshold;      // what at least top_k tokens reach
+  int64_t kept_stride;  // range_pages N + W
+  int64_t* range_kept;  // [ranges]
+  int32_t* kept_index;  // [ranges, kept_stride], tokens that may be selected
+  float* kept_weight;   // [ranges, kept_stride]
 };
 
 inline Item make_item(const DecodeArgs& a, int64_t index) {
@@ -63,10 +68,12 @@ inline Item make_item(const DecodeArgs& a, int64_t index) {
   item.always = smaller(item.first, item.seq_len) + tail;
   item.num_rows = item.num_selected + item.always;
   item.pages = ceil_div(item.num_pages, W) * W;
+  item.stride = static_cast<int>(ceil_div(a.layout.rank, W) * W);
   item.range_pages = larger<int64_t>(kRangeTokens / n, 1);
   item.ranges = item.is_scored ? ceil_div(item.num_pages, item.range_pages) : 0;
   item.row_tasks = a.output ? ceil_div(item.num_rows, kTaskRows) : 0;
   item.residual_tasks = a.output && item.has_residual ? ceil_div(item.num_pages, kTaskPages) : 0;
+  item.kept_stride = item.range_pages * n + W;
   // Peaks of a few tokens each give a lower bound of the k-th largest weight at a fraction of the work.
   item.peak_span = 1;
   while (item.peak_span * 2 * W <= n && candidates >= 4 * a.top_k * item.peak_span) item.peak_span *= 2;
@@ -89,15 +96,17 @@ inline void carve(const DecodeArgs& a, Item& item, Carver& carver) {
   if (!item.is_scored) return;
   const int64_t tokens = item.num_pages * a.page_size;
   item.proxy_query = {carver.take<int16_t>(query), carver.take<float>(query), carver.take<float>(group)};
+  item.words = carver.take<int32_t>(item.ranges * group * item.stride);
+  item.unit = carver.take<float>(item.ranges * group);
   item.weights = carver.take<float>(group * tokens);
-  item.page_max = carver.take<float>(group * item.pages);
+  item.reference = carver.take<float>(group * item.pages);
   item.page_sum = carver.take<float>(group * item.pages);
   item.coefficient = carver.take<float>(group * item.pages);
   item.group_weight = carver.take<float>(tokens);
   item.peaks = carver.take<float>(tokens / item.peak_span);
-  item.kept_weight = carver.take<float>(item.ranges * (item.range_pages * a.page_size + W));
-  item.kept_index = carver.take<int32_t>(item.ranges * (item.range_pages * a.page_size + W));
   item.range_kept = carver.take<int64_t>(item.ranges);
+  item.kept_index = carver.take<int32_t>(item.ranges * item.kept_stride);
+  item.kept_weight = carver.take<float>(item.ranges * item.kept_stride);
 }
 
 inline size_t item_bytes(const DecodeArgs& a, Item item) {

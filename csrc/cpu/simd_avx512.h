@@ -28,6 +28,7 @@ inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F abs(F a) { return _mm512_abs_ps(a); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }  // a b + c
 inline float sum(F a) { return _mm512_reduce_add_ps(a); }
@@ -114,7 +115,10 @@ inline I odd_bytes(I a) { return _mm512_srai_epi16(a, 8); }
 inline I widen_bytes(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 inline I broadcast_word(const int32_t* p) { return _mm512_set1_epi32(*p); }
 // acc + the sums of two neighbouring int16 products.
-inline I dot(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
+inline I dot(I acc, I a, I b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));  // GCC 12 copies the accumulator of the intrinsic
+  return acc;
+}
 // For 4 values per word: lane 4 w holds (a[4w], a[4w+2]) and lane 4 w + 1 holds (a[4w+1], a[4w+3]) as int16 pairs.
 inline void store_pair_words(int32_t* p, F a) {
   const I rounded = _mm512_cvtps_epi32(a);

@@ -30,6 +30,7 @@ inline F add(F a, F b) { return a + b; }
 inline F sub(F a, F b) { return a - b; }
 inline F mul(F a, F b) { return a * b; }
 inline F max(F a, F b) { return a > b ? a : b; }
+inline F min(F a, F b) { return a < b ? a : b; }
 inline F abs(F a) { return from_bits(to_bits(a) & splat(0x7fffffff)); }
 inline F fma(F a, F b, F c) { return a * b + c; }
 inline float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }

@@ -8,6 +8,12 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
 inline float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
