@@ -1,0 +1,175 @@
+// The operators of torch.ops.vllm_lrqk, on libtorch's stable ABI. Shapes are those of cpu/args.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <string>
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void run_parallel(int64_t n, void (*task)(int64_t, void*), void* context) {
+  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) task(i, context);
+  };
+  if (threads <= 1) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, work);
+  }
+}
+
+lrqk::Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads()), run_parallel}; }
+
+const lrqk::KernelTable& table(int64_t instruction_set) {
+  const lrqk::KernelTable* found = lrqk::kernel_table(static_cast<int>(instruction_set));
+  STD_TORCH_CHECK(found, "this machine cannot run instruction set ", instruction_set);
+  return *found;
+}
+
+lrqk::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return lrqk::DType::kFloat32;
+    case ScalarType::BFloat16:
+      return lrqk::DType::kBFloat16;
+    case ScalarType::Half:
+      return lrqk::DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+      return lrqk::DType::kFloat32;
+  }
+}
+
+void check(const Tensor& tensor, const char* name, int64_t dims, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be in CPU memory");
+  STD_TORCH_CHECK(tensor.dim() == dims, name, " must have ", dims, " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.size(dims - 1) <= 1 || tensor.stride(dims - 1) == 1, name,
+                  " must be contiguous in its last dimension");
+}
+
+lrqk::HostPages host_pages(const Tensor& host, ScalarType dtype) {
+  check(host, "host", 5, dtype);
+  const int64_t d = host.size(4);
+  STD_TORCH_CHECK(host.stride(3) == d && host.stride(2) == 2 * d, "the rows of host pages must be contiguous");
+  return {host.data_ptr(), host.stride(0), host.stride(1)};
+}
+
+lrqk::PageLayout page_layout(const Tensor& factors, int64_t rank, bool is_int8, int64_t projection_offset,
+                             int64_t scale_offset, int64_t value_mean_offset) {
+  check(factors, "factors", 3, ScalarType::Byte);
+  return {factors.stride(0), factors.stride(1), projection_offset, scale_offset,
+          value_mean_offset, static_cast<int>(rank), is_int8};
+}
+
+lrqk::DecodeArgs selection_args(const Tensor& query, const Tensor& factors, const Tensor& block_table,
+                                const Tensor& seq_lens, double scale, const lrqk::PageLayout& layout,
+                                int64_t page_size, int64_t top_k, int64_t recent_tokens, int64_t sink_tokens,
+                                bool with_residual) {
+  check(query, "query", 3, query.scalar_type());
+  check(block_table, "block_table", 2, ScalarType::Int);
+  check(seq_lens, "seq_lens", 1, ScalarType::Int);
+  lrqk::DecodeArgs a{};
+  a.query = query.data_ptr();
+  a.query_request_stride = query.stride(0);
+  a.query_head_stride = query.stride(1);
+  a.factors = static_cast<const uint8_t*>(factors.data_ptr());
+  a.layout = layout;
+  a.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  a.block_table_stride = block_table.stride(0);
+  a.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
+  a.requests = query.size(0);
+  a.heads = query.size(1);
+  a.kv_heads = factors.size(1);
+  a.head_size = query.size(2);
+  a.page_size = page_size;
+  STD_TORCH_CHECK(page_size >= 16 && page_size <= 1024 && (page_size & (page_size - 1)) == 0, "unsupported page size");
+  while (int64_t{1} << a.page_shift < page_size) ++a.page_shift;
+  a.top_k = top_k;
+  a.recent_tokens = recent_tokens;
+  a.sink_tokens = sink_tokens;
+  a.with_residual = with_residual;
+  a.scale = static_cast<float>(scale);
+  a.dtype = dtype_of(query);
+  STD_TORCH_CHECK(seq_lens.size(0) == a.requests && block_table.size(0) == a.requests,
+                  "query, block_table and seq_lens must agree on the number of requests");
+  STD_TORCH_CHECK(a.heads % a.kv_heads == 0 && a.heads / a.kv_heads <= 64, "unsupported number of heads");
+  return a;
+}
+
+void cpu_decode(const Tensor query, const Tensor host, const Tensor factors, const Tensor block_table,
+                const Tensor seq_lens, double scale, int64_t rank, bool is_int8, int64_t projection_offset,
+                int64_t scale_offset, int64_t value_mean_offset, int64_t top_k, int64_t recent_tokens,
+                int64_t sink_tokens, bool with_residual, Tensor output, Tensor attended, int64_t instruction_set) {
+  const auto layout = page_layout(factors, rank, is_int8, projection_offset, scale_offset, value_mean_offset);
+  auto a = selection_args(query, factors, block_table, seq_lens, scale, layout, host.size(2), top_k, recent_tokens,
+                          sink_tokens, with_residual);
+  check(output, "output", 3, query.scalar_type());
+  check(attended, "attended", 1, ScalarType::Long);
+  a.host = host_pages(host, query.scalar_type());
+  a.output = output.data_ptr();
+  a.output_request_stride = output.stride(0);
+  a.output_head_stride = output.stride(1);
+  a.attended = static_cast<int64_t*>(attended.data_ptr());
+  table(instruction_set).decode(a, parallel());
+}
+
+void cpu_select(const Tensor query, const Tensor factors, const Tensor block_table, const Tensor seq_lens,
+                double scale, int64_t rank, bool is_int8, int64_t projection_offset, int64_t scale_offset,
+                int64_t value_mean_offset, int64_t page_size, int64_t top_k, int64_t recent_tokens,
+                int64_t sink_tokens, Tensor rows, std::optional<Tensor> residual, int64_t instruction_set) {
+  const auto layout = page_layout(factors, rank, is_int8, projection_offset, scale_offset, value_mean_offset);
+  auto a = selection_args(query, factors, block_table, seq_lens, scale, layout, page_size, top_k, recent_tokens,
+                          sink_tokens, residual.has_value());
+  check(rows, "rows", 3, ScalarType::Int);
+  a.rows = static_cast<int32_t*>(rows.data_ptr());
+  a.row_places = rows.size(2);
+  if (residual) {
+    check(*residual, "residual", 3, ScalarType::Float);
+    a.residual = static_cast<float*>(residual->data_ptr());
+    a.residual_pages = residual->size(2);
+  }
+  table(instruction_set).decode(a, parallel());
+}
+
+// The instruction sets that can run here, best first.
+std::string cpu_instruction_sets() {
+  std::string names;
+  for (int i = 0; i < lrqk::kNumInstructionSets; ++i) {
+    names += names.empty() ? "" : ",";
+    names += lrqk::kernel_table(i) ? lrqk::instruction_set_name(i) : "";
+  }
+  return names;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
+  m.def(
+      "cpu_decode(Tensor query, Tensor host, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, "
+      "int rank, bool is_int8, int projection_offset, int scale_offset, int value_mean_offset, int top_k, "
+      "int recent_tokens, int sink_tokens, bool with_residual, Tensor(a!) output, Tensor(b!) attended, "
+      "int instruction_set) -> ()");
+  m.def(
+      "cpu_select(Tensor query, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, int rank, "
+      "bool is_int8, int projection_offset, int scale_offset, int value_mean_offset, int page_size, int top_k, "
+      "int recent_tokens, int sink_tokens, Tensor(a!) rows, Tensor(b!)? residual, int instruction_set) -> ()");
+  m.def("cpu_instruction_sets() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_lrqk, CPU, m) {
+  m.impl("cpu_decode", TORCH_BOX(&cpu_decode));
+  m.impl("cpu_select", TORCH_BOX(&cpu_select));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_lrqk, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_sets", TORCH_BOX(&cpu_instruction_sets));
+}

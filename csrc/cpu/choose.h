@@ -1,0 +1,126 @@
+// The top-k of an item by the softmax weights of the scan, summed over the query heads.
+#pragma once
+
+#include "scan.h"
+
+namespace lrqk {
+namespace LRQK_ISA {
+
+// group_weight and peaks of the pages of one range.
+inline void weigh_range(const DecodeArgs& a, Item& item, int64_t range) {
+  const int64_t group = a.heads / a.kv_heads, n = a.page_size;
+  const int64_t stop = smaller(item.num_pages, (range + 1) * item.range_pages);
+  for (int64_t p = range * item.range_pages; p < stop; ++p) {
+    float* out = item.group_weight + p * n;
+    const float* weights = item.weights + p * n * group;
+    for (int64_t i = 0; p >= item.first_page && i < n; i += W) {
+      F total = zero();
+      for (int64_t g = 0; g < group; ++g, weights += W) {
+        total = fma(load(weights), set1(item.coefficient[g * item.pages + p]), total);
+      }
+      store(out + i, total);
+    }
+    const Span span = candidates_of(a, item, p);
+    for_others(span, n, [&](int64_t i) { out[i] = -1.0f; });
+    float* peaks = item.peaks + p * n / item.peak_span;
+    for (int64_t i = 0; i < n; i += item.peak_span * W, peaks += W) {
+      F top = load(out + i);
+      for (int64_t k = 1; k < item.peak_span; ++k) top = max(top, load(out + i + k * W));
+      store(peaks, top);
+    }
+  }
+}
+
+// A lower bound of the top_k-th largest weight.
+inline void find_threshold(const DecodeArgs& a, Item& item) {
+  constexpr int kBits = 18;  // a lower threshold only keeps a few tokens more
+  item.threshold = kth_largest(item.peaks, item.num_pages * a.page_size / item.peak_span, a.top_k, kBits);
+}
+
+// Keeps what reaches the threshold: everything that may be selected, and little more.
+inline void keep_range(const DecodeArgs& a, Item& item, int64_t range) {
+  const int64_t n = a.page_size;
+  const int64_t stop = smaller(item.num_pages, (range + 1) * item.range_pages) * n;
+  int32_t* index = item.kept_index + range * item.kept_stride;
+  float* weights = item.kept_weight + range * item.kept_stride;
+  const F threshold = set1(item.threshold);
+  int64_t count = 0;
+  for (int64_t i = range * item.range_pages * n; i < stop; i += W) {
+    const F weight = load(item.group_weight + i);
+    const uint32_t mask = at_least(weight, threshold);
+    if (!mask) continue;
+    compress_index(index + count, static_cast<int32_t>(i), mask);
+    count += compress(weights + count, weight, mask);
+  }
+  item.range_kept[range] = count;
+}
+
+// What the ranges kept, side by side and padded with -1 to a multiple of W; returns how many.
+inline int64_t join_ranges(Item& item) {
+  int64_t count = 0;
+  for (int64_t range = 0; range < item.ranges; ++range) {
+    const int64_t from = range * item.kept_stride, here = item.range_kept[range];
+    std::memmove(item.kept_weight + count, item.kept_weight + from, here * sizeof(float));
+    std::memmove(item.kept_index + count, item.kept_index + from, here * sizeof(int32_t));
+    count += here;
+  }
+  for (int64_t i = count; i < ceil_div(count, W) * W; ++i) item.kept_weight[i] = -1.0f;
+  return count;
+}
+
+// The first num_selected places of `rows`, ascending. Of equal weights the earlier tokens win.
+inline void choose_rows(const DecodeArgs& a, Item& item) {
+  const int64_t count = join_ranges(item);
+  const float least = kth_largest(item.kept_weight, ceil_div(count, W) * W, a.top_k, 31);
+  int64_t ties = a.top_k, chosen = 0;
+  for (int64_t i = 0; i < count; ++i) ties -= item.kept_weight[i] > least;
+  for (int64_t i = 0; i < count && chosen < a.top_k; ++i) {
+    const float weight = item.kept_weight[i];
+    item.rows[chosen] = item.kept_index[i];
+    const bool is_tie = weight == least && ties > 0;
+    ties -= is_tie;
+    chosen += weight > least || is_tie;
+  }
+  item.num_selected = chosen;
+}
+
+// Takes the selected tokens out of the page sums of one range.
+inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
+  const int group = static_cast<int>(a.heads / a.kv_heads);
+  const int64_t n = a.page_size, first = range * item.range_pages * n;
+  const int64_t stop = smaller(item.num_pages, (range + 1) * item.range_pages) * n;
+  int64_t i = 0;
+  for (int64_t high = item.num_selected; i < high;) {
+    const int64_t middle = (i + high) / 2;
+    if (item.rows[middle] < first) {
+      i = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  while (i < item.num_selected && item.rows[i] < stop) {
+    const int64_t page = item.rows[i] >> a.page_shift, begin = i;
+    float* weights = item.weights + page * n * group;
+    const auto at = [&](int64_t row) { return weights + ((row & (n - 1)) / W * group) * W + row % W; };
+    float taken[kMaxGroup] = {};
+    for (; i < item.num_selected && item.rows[i] >> a.page_shift == page; ++i) {
+      const float* weight = at(item.rows[i]);
+      for (int g = 0; g < group; ++g) taken[g] += weight[g * W];
+    }
+    for (int g = 0; g < group; ++g) {
+      float& left = item.page_sum[g * item.pages + page];
+      if (taken[g] <= left * (1.0f - 0x1p-6f)) {
+        left -= taken[g];
+        continue;
+      }
+      // The difference would lose many digits: add up what is left.
+      for (int64_t k = begin; k < i; ++k) at(item.rows[k])[g * W] = 0.0f;
+      F total = zero();
+      for (int64_t k = 0; k < n / W; ++k) total = add(total, load(weights + (k * group + g) * W));
+      left = sum(total);
+    }
+  }
+}
+
+}  // namespace LRQK_ISA
+}  // namespace lrqk

@@ -1,0 +1,7 @@
+#include "simd_avx2.h"
+//
+#include "kernels.h"
+
+namespace lrqk {
+const KernelTable kAvx2Kernels = {avx2::decode, avx2::append, nullptr, avx2::prefill, avx2::W};
+}  // namespace lrqk

@@ -1,0 +1,7 @@
+#include "simd_avx512.h"
+//
+#include "kernels.h"
+
+namespace lrqk {
+const KernelTable kAvx512Kernels = {avx512::decode, avx512::append, nullptr, avx512::prefill, avx512::W};
+}  // namespace lrqk

@@ -1,0 +1,7 @@
+#include "simd_portable.h"
+//
+#include "kernels.h"
+
+namespace lrqk {
+const KernelTable kPortableKernels = {portable::decode, portable::append, nullptr, portable::prefill, portable::W};
+}  // namespace lrqk

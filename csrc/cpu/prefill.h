@@ -1,0 +1,221 @@
+// Exact attention of one chunk over the host pages: causal inside the chunk, and everything before it.
+//
+// A task is a block of tokens with the query heads of one KV head as rows. Scores are kept transposed, [keys, rows]:
+// then keys and values are read in their natural order, and the softmax runs along vector lanes.
+#pragma once
+
+#include <cstring>
+
+#include "common.h"
+
+namespace lrqk {
+namespace LRQK_ISA {
+
+constexpr int kBlockRows = 192;  // a multiple of kMatmulRows and of 2 W
+constexpr int kTileKeys = 120;   // a multiple of kMatmulRows
+static_assert(kBlockRows % kMatmulRows == 0 && kBlockRows % (2 * W) == 0 && kTileKeys % kMatmulRows == 0);
+
+struct PrefillMemory {
+  float* query;      // [kBlockRows / 2 W, d, 2 W], scaled for scores in units of log 2
+  float* key;        // [kTileKeys, d]
+  float* value;      // [kTileKeys, d]
+  float* weights;    // [kTileKeys, kBlockRows], scores and then their exponentials
+  float* output;     // [kBlockRows, d]
+  float* highest;    // [kBlockRows]
+  float* sum;        // [kBlockRows]
+  float* keep;       // [kBlockRows]
+  float* last_key;   // [kBlockRows], the last key of the chunk that a row attends
+};
+
+inline PrefillMemory carve(int64_t head_size, Carver& carver) {
+  PrefillMemory m;
+  m.query = carver.take<float>(kBlockRows * head_size);
+  m.key = carver.take<float>(kTileKeys * head_size);
+  m.value = carver.take<float>(kTileKeys * head_size);
+  m.weights = carver.take<float>(kTileKeys * kBlockRows);
+  m.output = carver.take<float>(kBlockRows * head_size);
+  m.highest = carver.take<float>(kBlockRows);
+  m.sum = carver.take<float>(kBlockRows);
+  m.keep = carver.take<float>(kBlockRows);
+  m.last_key = carver.take<float>(kBlockRows);
+  return m;
+}
+
+// c[i, :] = c[i, :] keep[i] + sum_k a[i, k] b[k, :] for kMatmulRows rows i and 2 W columns; without `keep`, c is
+// overwritten. Element (i, k) of a is at i * a_row + k * a_step.
+template <bool kAdd>
+inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t depth,
+                          float* c, int64_t c_row, const float* keep) {
+  F acc[kMatmulRows][2];
+  LRQK_UNROLL
+  for (int i = 0; i < kMatmulRows; ++i) {
+    acc[i][0] = kAdd ? mul(load(c + i * c_row), set1(keep[i])) : zero();
+    acc[i][1] = kAdd ? mul(load(c + i * c_row + W), set1(keep[i])) : zero();
+  }
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+    const F b0 = load(b), b1 = load(b + W);
+    LRQK_UNROLL
+    for (int i = 0; i < kMatmulRows; ++i) {
+      const F factor = set1(a[i * a_row]);
+      acc[i][0] = fma(factor, b0, acc[i][0]);
+      acc[i][1] = fma(factor, b1, acc[i][1]);
+    }
+  }
+  LRQK_UNROLL
+  for (int i = 0; i < kMatmulRows; ++i) {
+    store(c + i * c_row, acc[i][0]);
+    store(c + i * c_row + W, acc[i][1]);
+  }
+}
+
+struct Block {
+  int64_t kv_head, first_token, tokens;
+  int rows, padded_rows;  // tokens * G, and that rounded up to 2 W
+};
+
+template <class T>
+inline void load_queries(const PrefillArgs& p, const Block& block, PrefillMemory& m) {
+  const int group = static_cast<int>(p.heads / p.kv_heads);
+  const float factor = p.scale * kLog2e;
+  alignas(64) float row_values[1024];
+  for (int row = 0; row < block.padded_rows; ++row) {
+    const int source = smaller(row, block.rows - 1);
+    const int64_t token = block.first_token + source / group;
+    const T* q = static_cast<const T*>(p.query) + token * p.query_token_stride +
+                 (block.kv_head * group + source % group) * p.query_head_stride;
+    for (int64_t i = 0; i < p.head_size; i += W) store(row_values + i, mul(load(q + i), set1(factor)));
+    float* out = m.query + row / (2 * W) * (2 * W) * p.head_size + row % (2 * W);
+    for (int64_t i = 0; i < p.head_size; ++i) out[i * 2 * W] = row_values[i];
+    m.last_key[row] = static_cast<float>(token);
+    m.highest[row] = kMasked;
+    m.sum[row] = 0.0f;
+  }
+  std::memset(m.output, 0, kBlockRows * p.head_size * sizeof(float));
+}
+
+template <class T>
+inline void copy_row(const T* from, int64_t head_size, float* to) {
+  for (int64_t i = 0; i < head_size; i += W) store(to + i, load(from + i));
+}
+
+// Keys and values of `count` tokens from `position` on, of the request when is_context, else of the chunk.
+template <class T>
+inline void load_tile(const PrefillArgs& p, int64_t kv_head, bool is_context, int64_t position, int count,
+                      PrefillMemory& m) {
+  const int64_t d = p.head_size;
+  for (int i = 0; i < count; ++i) {
+    const int64_t token = position + i;
+    const T *key, *value;
+    if (is_context) {
+      key = static_cast<const T*>(p.host.data) + p.pages[token / p.page_size] * p.host.page_stride +
+            kv_head * p.host.head_stride + token % p.page_size * 2 * d;
+      value = key + d;
+    } else {
+      key = static_cast<const T*>(p.key) + token * p.key_token_stride + kv_head * p.key_head_stride;
+      value = static_cast<const T*>(p.value) + token * p.value_token_stride + kv_head * p.value_head_stride;
+    }
+    copy_row(key, d, m.key + i * d);
+    copy_row(value, d, m.value + i * d);
+  }
+  const int padded = static_cast<int>(ceil_div(count, kMatmulRows)) * kMatmulRows;
+  std::memset(m.key + count * d, 0, (padded - count) * d * sizeof(float));
+  std::memset(m.value + count * d, 0, (padded - count) * d * sizeof(float));
+}
+
+// Exponentials of the tile's scores, in place; updates highest, sum and keep. A row sees the chunk's key
+// position + i when that is at most its last_key.
+inline void exponentiate_tile(int count, int padded, int padded_rows, bool is_causal, int64_t position,
+                              PrefillMemory& m) {
+  for (int row = 0; row < padded_rows; row += W) {
+    float* weights = m.weights + row;
+    if (is_causal) {
+      const F last_key = load(m.last_key + row), masked = set1(kMasked);
+      for (int i = 0; i < count; ++i) {
+        float* w = weights + i * kBlockRows;
+        store(w, choose(last_key, set1(static_cast<float>(position + i)), load(w), masked));
+      }
+    }
+    const F before = load(m.highest + row);
+    F top[2] = {before, before};
+    for (int i = 0; i < count; ++i) top[i & 1] = max(top[i & 1], load(weights + i * kBlockRows));
+    const F highest = max(top[0], top[1]);
+    F total = zero();
+    for (int i = 0; i < count; ++i) {
+      const F weight = exp2(sub(load(weights + i * kBlockRows), highest));
+      store(weights + i * kBlockRows, weight);
+      total = add(total, weight);
+    }
+    for (int i = count; i < padded; ++i) store(weights + i * kBlockRows, zero());
+    const F keep = exp2(sub(before, highest));
+    store(m.highest + row, highest);
+    store(m.keep + row, keep);
+    store(m.sum + row, fma(load(m.sum + row), keep, total));
+  }
+}
+
+template <class T>
+inline void attend_tile(const PrefillArgs& p, const Block& block, bool is_context, int64_t position, int count,
+                        PrefillMemory& m) {
+  const int64_t d = p.head_size;
+  const int padded = static_cast<int>(ceil_div(count, kMatmulRows)) * kMatmulRows;
+  load_tile<T>(p, block.kv_head, is_context, position, count, m);
+  for (int row = 0; row < block.padded_rows; row += 2 * W) {
+    for (int i = 0; i < padded; i += kMatmulRows) {
+      multiply_tile<false>(m.key + i * d, d, 1, m.query + row * d, 2 * W, d, m.weights + i * kBlockRows + row,
+                           kBlockRows, nullptr);
+    }
+  }
+  const bool is_causal = !is_context && position + count > block.first_token + 1;
+  exponentiate_tile(count, padded, block.padded_rows, is_causal, position, m);
+  const int rows = static_cast<int>(ceil_div(block.rows, kMatmulRows)) * kMatmulRows;
+  for (int64_t column = 0; column < d; column += 2 * W) {
+    for (int row = 0; row < rows; row += kMatmulRows) {
+      multiply_tile<true>(m.weights + row, 1, kBlockRows, m.value + column, d, padded, m.output + row * d + column, d,
+                          m.keep + row);
+    }
+  }
+}
+
+template <class T>
+inline void store_output(const PrefillArgs& p, const Block& block, const PrefillMemory& m) {
+  const int group = static_cast<int>(p.heads / p.kv_heads);
+  for (int row = 0; row < block.rows; ++row) {
+    T* out = static_cast<T*>(p.output) + (block.first_token + row / group) * p.output_token_stride +
+             (block.kv_head * group + row % group) * p.output_head_stride;
+    const F inverse = set1(1.0f / m.sum[row]);
+    for (int64_t i = 0; i < p.head_size; i += W) store(out + i, mul(load(m.output + row * p.head_size + i), inverse));
+  }
+}
+
+inline void prefill(const PrefillArgs& p, const Parallel& parallel) {
+  const int64_t group = p.heads / p.kv_heads;
+  const int64_t block_tokens = kBlockRows / group;
+  const int64_t blocks = ceil_div(p.tokens, block_tokens);
+  for_each(parallel, blocks * p.kv_heads, [&](int64_t index) {
+    Carver counter(nullptr);
+    carve(p.head_size, counter);
+    Carver carver(scratch(Scratch::kTask, counter.used()));
+    PrefillMemory m = carve(p.head_size, carver);
+    Block block;
+    block.kv_head = index % p.kv_heads;
+    block.first_token = (blocks - 1 - index / p.kv_heads) * block_tokens;  // the longest first
+    block.tokens = smaller(block_tokens, p.tokens - block.first_token);
+    block.rows = static_cast<int>(block.tokens * group);
+    block.padded_rows = static_cast<int>(ceil_div(block.rows, 2 * W)) * 2 * W;
+    with_type(p.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      load_queries<T>(p, block, m);
+      for (int64_t i = 0; i < p.context_len; i += kTileKeys) {
+        attend_tile<T>(p, block, true, i, static_cast<int>(smaller<int64_t>(kTileKeys, p.context_len - i)), m);
+      }
+      const int64_t stop = block.first_token + block.tokens;
+      for (int64_t i = 0; i < stop; i += kTileKeys) {
+        attend_tile<T>(p, block, false, i, static_cast<int>(smaller<int64_t>(kTileKeys, stop - i)), m);
+      }
+      store_output<T>(p, block, m);
+    });
+  });
+}
+
+}  // namespace LRQK_ISA
+}  // namespace lrqk

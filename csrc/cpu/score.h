@@ -1,0 +1,80 @@
+// Proxy scores of a page's tokens: s~_n = sum_j z_j A_nj.
+#pragma once
+
+#include "project.h"
+
+namespace lrqk {
+namespace LRQK_ISA {
+
+// Scores of the V vectors of tokens from n on, for B heads, with int8 factors.
+template <int B, int V>
+inline void score_int8(const FactorPage& page, const Projected& z, int g0, int64_t page_size, int64_t n,
+                       F (*scores)[B]) {
+  const int32_t* words[B];
+  I acc[V][B];
+  LRQK_UNROLL
+  for (int g = 0; g < B; ++g) {
+    words[g] = z.words + (g0 + g) * z.stride;
+    LRQK_UNROLL
+    for (int v = 0; v < V; ++v) acc[v][g] = int_zero();
+  }
+  for (int j = 0; j < page.layout->rank; j += 4) {
+    I even[V], odd[V];
+    LRQK_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const I word = load_words(page.data + j * page_size + (n + v * W) * 4);
+      even[v] = even_bytes(word);
+      odd[v] = odd_bytes(word);
+    }
+    LRQK_UNROLL
+    for (int g = 0; g < B; ++g) {
+      const I q_even = broadcast_word(words[g] + j), q_odd = broadcast_word(words[g] + j + 1);
+      LRQK_UNROLL
+      for (int v = 0; v < V; ++v) acc[v][g] = dot(dot(acc[v][g], even[v], q_even), odd[v], q_odd);
+    }
+  }
+  LRQK_UNROLL
+  for (int v = 0; v < V; ++v) {
+    LRQK_UNROLL
+    for (int g = 0; g < B; ++g) scores[v][g] = mul(to_float(acc[v][g]), set1(z.unit[g0 + g]));
+  }
+}
+
+// The same with bfloat16 factors.
+template <int B, int V>
+inline void score_bf16(const FactorPage& page, const Projected& z, int g0, int64_t page_size, int64_t n,
+                       F (*scores)[B]) {
+  const bf16* data = reinterpret_cast<const bf16*>(page.data);
+  LRQK_UNROLL
+  for (int v = 0; v < V; ++v) {
+    LRQK_UNROLL
+    for (int g = 0; g < B; ++g) scores[v][g] = zero();
+  }
+  for (int j = 0; j < page.layout->rank; j += 2) {
+    LRQK_UNROLL
+    for (int v = 0; v < V; ++v) {
+      F even, odd;
+      load_pair(data + j * page_size + (n + v * W) * 2, even, odd);
+      LRQK_UNROLL
+      for (int g = 0; g < B; ++g) {
+        const float* q = z.values() + (g0 + g) * z.stride + j;
+        scores[v][g] = fma(odd, set1(q[1]), fma(even, set1(q[0]), scores[v][g]));
+      }
+    }
+  }
+}
+
+template <int B, int V, bool kIsInt8>
+inline void score_vectors(const FactorPage& page, const Projected& z, int g0, int64_t page_size, int64_t n,
+                          F (*scores)[B]) {
+  if constexpr (kIsInt8) {
+    score_int8<B, V>(page, z, g0, page_size, n, scores);
+  } else {
+    score_bf16<B, V>(page, z, g0, page_size, n, scores);
+  }
+}
+
+constexpr int kVectorsTogether = 2;  // they share the loads of the query's words
+
+}  // namespace LRQK_ISA
+}  // namespace lrqk

@@ -1,0 +1,145 @@
+"""Compiled CPU kernels: csrc/cpu behind torch.ops.vllm_lrqk."""
+
+import logging
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.ops import Kernels, torch_ops
+from vllm_lrqk.page import FactorPages
+from vllm_lrqk.select import Selection, candidate_range
+
+logger = logging.getLogger(__name__)
+LIBRARY = Path(__file__).parent.parent / "_cpu_kernels.so"
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+"""In the order of csrc/cpu/dispatch.h, best first."""
+_VECTOR_ELEMENTS = {"avx512": 16, "avx2": 8, "portable": 4}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def instruction_sets() -> tuple[str, ...]:
+    """What this build and this machine can run, best first; empty without the compiled library."""
+    if not LIBRARY.exists():
+        logger.info("CPU kernels of vllm-lrqk were not built when it was installed; using the plain torch forms.")
+        return ()
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        logger.warning("CPU kernels of vllm-lrqk do not load (%s); using the plain torch forms.", error)
+        return ()
+    return tuple(filter(None, torch.ops.vllm_lrqk.cpu_instruction_sets().split(",")))
+
+
+@cache
+def kernels(name: str | None = None) -> Kernels:
+    """The kernels of one instruction set, or the best that there are.
+
+    Raises:
+        ValueError: `name` cannot run here.
+    """
+    available = instruction_sets()
+    if name is None and not available:
+        return torch_ops.kernels()
+    if name is not None and name not in available:
+        raise ValueError(f"CPU kernels {name!r} cannot run here; available: {', '.join(available) or 'none'}.")
+    names = available[available.index(name) if name else 0 :]
+    return Kernels(
+        f"cpu-{names[0]}",
+        torch_ops.append_rows,
+        torch_ops.seal_pages,
+        partial(_select, names),
+        partial(_decode_attention, names),
+        torch_ops.prefill_attention,
+    )
+
+
+def _pick(names: tuple[str, ...], head_size: int) -> int | None:
+    """Index of the first instruction set whose vectors divide the head size."""
+    for name in names:
+        if head_size % (2 * _VECTOR_ELEMENTS[name]) == 0:
+            return INSTRUCTION_SETS.index(name)
+    return None
+
+
+def _int32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.int32).contiguous()
+
+
+def _layout(factors: FactorPages) -> tuple[int, bool, int, int, int]:
+    f = factors.format
+    return f.rank, f.factor_dtype == torch.int8, f.projection_offset, f.scale_offset, f.value_mean_offset
+
+
+def _decode_attention(
+    names: tuple[str, ...],
+    query: torch.Tensor,
+    host: torch.Tensor,
+    factors: FactorPages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    config: LRQKConfig,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    index = _pick(names, query.shape[-1])
+    if index is None or query.dtype not in _DTYPES or not query.dtype == host.dtype == output.dtype:
+        return torch_ops.decode_attention(query, host, factors, block_table, seq_lens, scale, config, output)
+    attended = torch.empty(len(query), dtype=torch.int64)
+    torch.ops.vllm_lrqk.cpu_decode(
+        query,
+        host,
+        factors.raw,
+        _int32(block_table),
+        _int32(seq_lens),
+        scale,
+        *_layout(factors),
+        config.top_k,
+        config.recent_tokens,
+        config.sink_tokens,
+        config.residual == "mean",
+        output,
+        attended,
+        index,
+    )
+    return attended
+
+
+def _select(
+    names: tuple[str, ...],
+    query: torch.Tensor,
+    factors: FactorPages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    config: LRQKConfig,
+) -> Selection:
+    index = _pick(names, query.shape[-1])
+    if index is None or query.dtype not in _DTYPES:
+        return torch_ops.select(query, factors, block_table, seq_lens, scale, config)
+    n = config.page_size
+    first, end = candidate_range(seq_lens, config)
+    longest = int(end.max())
+    num_pages = -(-longest // n) if longest > first else 0
+    places = min(config.top_k, num_pages * n) + config.sink_tokens + config.recent_tokens + n
+    rows = torch.empty(len(query), factors.raw.shape[1], places, dtype=torch.int32)
+    with_residual = config.residual == "mean" and num_pages > 0
+    residual = torch.empty(*query.shape[:2], num_pages) if with_residual else None
+    torch.ops.vllm_lrqk.cpu_select(
+        query,
+        factors.raw,
+        _int32(block_table),
+        _int32(seq_lens),
+        scale,
+        *_layout(factors),
+        n,
+        config.top_k,
+        config.recent_tokens,
+        config.sink_tokens,
+        rows,
+        residual,
+        index,
+    )
+    return Selection(rows, residual)
