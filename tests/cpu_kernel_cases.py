@@ -60,7 +60,9 @@ def make_layer(
     for row, (length, count) in enumerate(zip(lengths, num_pages)):
         pages, order = order[:count], order[count:]
         block_table[row, :count] = torch.tensor(pages)
-        key = torch.einsum("nkr,krd->nkd", normal(length, kv_heads, 6), basis) + 0.5 * normal(length, kv_heads, head_size)
+        key = torch.einsum("nkr,krd->nkd", normal(length, kv_heads, 6), basis) + 0.5 * normal(
+            length, kv_heads, head_size
+        )
         rows = torch.stack([key, normal(length, kv_heads, head_size)], 2).to(dtype)
         for i, page in enumerate(pages):
             part = rows[i * n : (i + 1) * n].transpose(0, 1)

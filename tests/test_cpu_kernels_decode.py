@@ -60,7 +60,8 @@ def check_selection(name: str, layer: Layer) -> None:
     if expected.residual is None or actual.residual is None:
         return
     same_rows = all(
-        torch.equal(a.sort().values, e.sort().values) for a, e in zip(actual.rows.flatten(0, 1), expected.rows.flatten(0, 1))
+        torch.equal(a.sort().values, e.sort().values)
+        for a, e in zip(actual.rows.flatten(0, 1), expected.rows.flatten(0, 1))
     )
     assert torch.equal(actual.residual.isinf(), expected.residual.isinf()) or not same_rows
     finite = ~expected.residual.isinf() & ~actual.residual.isinf()

@@ -7,14 +7,14 @@ pytestmark = pytest.mark.engine
 
 PROMPT_LENGTHS = [1, 2, 63, 64, 65, 200, 321]
 TOKENS = 40
-# (dtype, query heads, KV heads, head size, largest difference of a log-probability). Both backends
-# compute softmax in float32; 16-bit types round the attention output once per layer (2^-8 for bfloat16,
-# 2^-11 for float16) and the logits reach about 10. There a near tie can end the comparison of a prompt early.
+# (dtype, query heads, KV heads, head size, largest difference of a log-probability). Logits reach 8 to 16,
+# where neighbouring numbers of bfloat16 are 1/16 apart and of float16 1/128: four such steps are allowed for two
+# kernels that round at different places. There a near tie can end the comparison of a prompt early.
 CASES = [
     ("float32", 2, 2, 64, 1e-3),
-    ("bfloat16", 8, 2, 128, 0.15),
-    ("float16", 7, 1, 96, 0.03),
-    ("bfloat16", 8, 1, 64, 0.15),
+    ("bfloat16", 8, 2, 128, 0.25),
+    ("float16", 7, 1, 96, 0.032),
+    ("bfloat16", 8, 1, 64, 0.25),
     ("float32", 8, 2, 128, 1e-3),
 ]
 

@@ -5,12 +5,10 @@ import torch
 from vllm_lrqk.attend import attend
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.counters import Counters
-from vllm_lrqk.decode import decode_attention
-from vllm_lrqk.factors import seal_pages
 from vllm_lrqk.hot_cache import HotCache
+from vllm_lrqk.ops import kernels_for
 from vllm_lrqk.page import FactorPages
-from vllm_lrqk.prefill import append_rows, prefill_attention, query_grams
-from vllm_lrqk.select import select
+from vllm_lrqk.prefill import query_grams
 from vllm_lrqk.step import PrefillChunk, Step
 
 
@@ -37,6 +35,7 @@ class LayerState:
         self.scale = scale
         self.config = config
         self.counters = counters
+        self.kernels = kernels_for(host.device)
 
     @property
     def hot_bytes_per_request(self) -> int:
@@ -62,7 +61,7 @@ class LayerState:
             key, value: [T, KV, d].
             hot_table: int32 [requests, M], hot blocks of each request; None without a hot cache.
         """
-        append_rows(key, value, self.host, step.slots)
+        self.kernels.append_rows(key, value, self.host, step.slots)
         if self.hot is not None:
             self.hot.pages_written(step.slots, self.config.page_size)
         for chunk in step.prefill:
@@ -74,7 +73,7 @@ class LayerState:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: PrefillChunk, output: torch.Tensor
     ) -> None:
         tokens = slice(chunk.start, chunk.end)
-        prefill_attention(
+        self.kernels.prefill_attention(
             query[tokens],
             key[tokens],
             value[tokens],
@@ -89,19 +88,19 @@ class LayerState:
             grams = None
             if self.config.factorization == "lrqk":
                 grams = query_grams(query[tokens], key.shape[1], starts, ends)
-            seal_pages(chunk.pages[indices].long(), self.host, self.factors, grams, self.config)
+            self.kernels.seal_pages(chunk.pages[indices].long(), self.host, self.factors, grams, self.config)
             self.counters.pages_sealed += len(indices)
 
     def _decode(self, query: torch.Tensor, step: Step, hot_table: torch.Tensor | None, output: torch.Tensor) -> None:
         decode = step.decode
         assert decode is not None
         if len(decode.filled_pages):
-            seal_pages(decode.filled_pages, self.host, self.factors, None, self.config)
+            self.kernels.seal_pages(decode.filled_pages, self.host, self.factors, None, self.config)
             self.counters.pages_sealed += len(decode.filled_pages)
         queries = query[decode.tokens]
         attended = torch.empty_like(queries)
         if self.hot is None:
-            rows = decode_attention(
+            rows = self.kernels.decode_attention(
                 queries,
                 self.host,
                 self.factors,
@@ -114,7 +113,9 @@ class LayerState:
             self.counters.rows_attended += int(rows.sum())
         else:
             assert hot_table is not None
-            selection = select(queries, self.factors, decode.block_table, decode.seq_lens, self.scale, self.config)
+            selection = self.kernels.select(
+                queries, self.factors, decode.block_table, decode.seq_lens, self.scale, self.config
+            )
             rows_kv, fetch = self.hot.resolve(
                 selection.rows, self.host, decode.block_table, hot_table[decode.requests], decode.seq_lens, step.number
             )

@@ -53,18 +53,20 @@ class WorkerState:
         if hot_raw is not None:
             format_ = hot_format(self._config, head_size, self._dtype)
             hot = HotCache(hot_raw.view(torch.uint8).flatten(2), format_, num_pages)
+        state = LayerState(factors, host, hot, scale, self._config, self.counters)
         self._waiting.discard(name)
         if not self._waiting and self._is_first_rank:
-            self._log_start(raw.shape[0], num_pages)
-        return LayerState(factors, host, hot, scale, self._config, self.counters)
+            self._log_start(state.kernels.name, raw.shape[0], num_pages)
+        return state
 
-    def _log_start(self, num_blocks: int, num_pages: int) -> None:
+    def _log_start(self, kernels: str, num_blocks: int, num_pages: int) -> None:
         page_size = self._spec.block_size
         device_bytes = self._num_layers * self._spec.page_size_bytes / page_size
         host_bytes = self._plan.page_bytes / page_size
         logger.info(
-            "LRQK: %.0f device bytes and %.0f host bytes per token and rank; room for %s tokens (host memory holds %s, "
-            "device memory %s); dense attention would have had %s in the same device memory.",
+            "LRQK (%s kernels): %.0f device bytes and %.0f host bytes per token and rank; room for %s tokens "
+            "(host memory holds %s, device memory %s); dense attention would have had %s in the same device memory.",
+            kernels,
             device_bytes,
             host_bytes,
             f"{(num_pages - 1) * page_size:,}",
