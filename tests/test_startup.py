@@ -192,3 +192,24 @@ def test_other_backends_are_left_alone(model):
     assert plain.parallel_config.worker_extension_cls == ""
     assert plain.cache_config.kv_cache_memory_bytes is None
     assert plain.additional_config == {}
+
+
+@pytest.mark.parametrize(("version", "warned"), [((0, 32), False), ((0, 33), True), ((1, 0), True), (None, False)])
+def test_a_version_that_is_not_tested_is_named(model, monkeypatch, version, warned):
+    from vllm_lrqk.integration import startup
+
+    said = []
+    monkeypatch.setattr(startup.compat, "vllm_version", lambda: version)
+    monkeypatch.setattr(startup.logger, "warning_once", lambda text, *values: said.append(text % values))
+    start(model)
+    assert said == (["vllm-lrqk is tested with vLLM 0.32, this is %d.%d." % version] if warned else [])
+
+
+def test_settings_without_the_backend_are_pointed_out(model, monkeypatch):
+    from vllm_lrqk.integration import startup
+
+    said = []
+    monkeypatch.setattr(startup.logger, "warning_once", lambda text, *values: said.append(text % values))
+    start(model, {"rank": 8}, attention_backend="CPU_ATTN")
+    assert len(said) == 1
+    assert "lrqk" in said[0]
