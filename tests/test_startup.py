@@ -202,7 +202,7 @@ def test_a_version_that_is_not_tested_is_named(model, monkeypatch, version, warn
     monkeypatch.setattr(startup.compat, "vllm_version", lambda: version)
     monkeypatch.setattr(startup.logger, "warning_once", lambda text, *values: said.append(text % values))
     start(model)
-    assert said == (["vllm-lrqk is tested with vLLM 0.32, this is %d.%d." % version] if warned else [])
+    assert said == ([f"vllm-lrqk is tested with vLLM 0.32, this is {version[0]}.{version[1]}."] if warned else [])
 
 
 def test_settings_without_the_backend_are_pointed_out(model, monkeypatch):
