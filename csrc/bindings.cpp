@@ -140,6 +140,96 @@ void cpu_select(const Tensor query, const Tensor factors, const Tensor block_tab
   table(instruction_set).decode(a, parallel());
 }
 
+void cpu_append(const Tensor key, const Tensor value, Tensor host, const Tensor slots, int64_t instruction_set) {
+  const ScalarType dtype = host.scalar_type();
+  check(key, "key", 3, dtype);
+  check(value, "value", 3, dtype);
+  check(slots, "slots", 1, ScalarType::Long);
+  const lrqk::HostPages pages = host_pages(host, dtype);
+  lrqk::AppendArgs a{};
+  a.key = key.data_ptr();
+  a.value = value.data_ptr();
+  a.key_token_stride = key.stride(0);
+  a.key_head_stride = key.stride(1);
+  a.value_token_stride = value.stride(0);
+  a.value_head_stride = value.stride(1);
+  a.host = host.data_ptr();
+  a.host_page_stride = pages.page_stride;
+  a.host_head_stride = pages.head_stride;
+  a.slots = static_cast<const int64_t*>(slots.data_ptr());
+  a.tokens = slots.size(0);
+  a.kv_heads = host.size(1);
+  a.page_size = host.size(2);
+  a.head_size = host.size(4);
+  a.element_bytes = static_cast<int64_t>(host.element_size());
+  STD_TORCH_CHECK(key.size(0) >= a.tokens && value.size(0) >= a.tokens, "there are more slots than keys or values");
+  table(instruction_set).append(a, parallel());
+}
+
+void cpu_seal(const Tensor pages, const Tensor host, Tensor factors, std::optional<Tensor> gram_q, int64_t rank,
+              bool is_int8, int64_t projection_offset, int64_t scale_offset, int64_t value_mean_offset,
+              int64_t iterations, double lambda_q, double lambda_k, double ridge, double query_share,
+              int64_t instruction_set) {
+  check(pages, "pages", 1, ScalarType::Long);
+  lrqk::SealArgs s{};
+  s.pages = static_cast<const int64_t*>(pages.data_ptr());
+  s.host = host_pages(host, host.scalar_type());
+  s.factors = static_cast<uint8_t*>(factors.data_ptr());
+  s.layout = page_layout(factors, rank, is_int8, projection_offset, scale_offset, value_mean_offset);
+  if (gram_q) {
+    check(*gram_q, "gram_q", 4, ScalarType::Float);
+    STD_TORCH_CHECK(gram_q->is_contiguous() && gram_q->size(0) == pages.size(0), "gram_q must be contiguous, one per page");
+    s.gram_q = static_cast<const float*>(gram_q->data_ptr());
+  }
+  s.num_pages = pages.size(0);
+  s.kv_heads = host.size(1);
+  s.page_size = host.size(2);
+  s.head_size = host.size(4);
+  s.iterations = static_cast<int>(iterations);
+  s.lambda_q = static_cast<float>(lambda_q);
+  s.lambda_k = static_cast<float>(lambda_k);
+  s.ridge = static_cast<float>(ridge);
+  s.query_share = static_cast<float>(query_share);
+  s.dtype = dtype_of(host);
+  table(instruction_set).seal(s, parallel());
+}
+
+void cpu_prefill(const Tensor query, const Tensor key, const Tensor value, const Tensor host, const Tensor pages,
+                 int64_t context_len, double scale, Tensor output, int64_t instruction_set) {
+  const ScalarType dtype = query.scalar_type();
+  check(query, "query", 3, dtype);
+  check(key, "key", 3, dtype);
+  check(value, "value", 3, dtype);
+  check(output, "output", 3, dtype);
+  check(pages, "pages", 1, ScalarType::Int);
+  lrqk::PrefillArgs p{};
+  p.query = query.data_ptr();
+  p.key = key.data_ptr();
+  p.value = value.data_ptr();
+  p.query_token_stride = query.stride(0);
+  p.query_head_stride = query.stride(1);
+  p.key_token_stride = key.stride(0);
+  p.key_head_stride = key.stride(1);
+  p.value_token_stride = value.stride(0);
+  p.value_head_stride = value.stride(1);
+  p.host = host_pages(host, dtype);
+  p.pages = static_cast<const int32_t*>(pages.data_ptr());
+  p.output = output.data_ptr();
+  p.output_token_stride = output.stride(0);
+  p.output_head_stride = output.stride(1);
+  p.tokens = query.size(0);
+  p.context_len = context_len;
+  p.heads = query.size(1);
+  p.kv_heads = key.size(1);
+  p.head_size = query.size(2);
+  p.page_size = host.size(2);
+  p.scale = static_cast<float>(scale);
+  p.dtype = dtype_of(query);
+  STD_TORCH_CHECK(p.heads % p.kv_heads == 0 && p.heads / p.kv_heads <= 64, "unsupported number of heads");
+  STD_TORCH_CHECK(pages.size(0) * p.page_size >= context_len, "pages do not cover the context");
+  table(instruction_set).prefill(p, parallel());
+}
+
 // The instruction sets that can run here, best first.
 std::string cpu_instruction_sets() {
   std::string names;
@@ -162,12 +252,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
       "cpu_select(Tensor query, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, int rank, "
       "bool is_int8, int projection_offset, int scale_offset, int value_mean_offset, int page_size, int top_k, "
       "int recent_tokens, int sink_tokens, Tensor(a!) rows, Tensor(b!)? residual, int instruction_set) -> ()");
+  m.def(
+      "cpu_append(Tensor key, Tensor value, Tensor(a!) host, Tensor slots, int instruction_set) -> ()");
+  m.def(
+      "cpu_seal(Tensor pages, Tensor host, Tensor(a!) factors, Tensor? gram_q, int rank, bool is_int8, "
+      "int projection_offset, int scale_offset, int value_mean_offset, int iterations, float lambda_q, "
+      "float lambda_k, float ridge, float query_share, int instruction_set) -> ()");
+  m.def(
+      "cpu_prefill(Tensor query, Tensor key, Tensor value, Tensor host, Tensor pages, int context_len, float scale, "
+      "Tensor(a!) output, int instruction_set) -> ()");
   m.def("cpu_instruction_sets() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_lrqk, CPU, m) {
   m.impl("cpu_decode", TORCH_BOX(&cpu_decode));
   m.impl("cpu_select", TORCH_BOX(&cpu_select));
+  m.impl("cpu_append", TORCH_BOX(&cpu_append));
+  m.impl("cpu_seal", TORCH_BOX(&cpu_seal));
+  m.impl("cpu_prefill", TORCH_BOX(&cpu_prefill));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_lrqk, CompositeExplicitAutograd, m) {

@@ -80,6 +80,7 @@ struct SealArgs {
   int64_t num_pages, kv_heads, head_size, page_size;
   int iterations;
   float lambda_q, lambda_k;
+  float ridge, query_share;  // RIDGE and QUERY_SHARE of vllm_lrqk/factors.py
   DType dtype;
 };
 

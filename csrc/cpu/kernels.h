@@ -4,3 +4,4 @@
 #include "append.h"
 #include "decode.h"
 #include "prefill.h"
+#include "seal.h"

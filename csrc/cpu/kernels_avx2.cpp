@@ -3,5 +3,5 @@
 #include "kernels.h"
 
 namespace lrqk {
-const KernelTable kAvx2Kernels = {avx2::decode, avx2::append, nullptr, avx2::prefill, avx2::W};
+const KernelTable kAvx2Kernels = {avx2::decode, avx2::append, avx2::seal, avx2::prefill, avx2::W};
 }  // namespace lrqk

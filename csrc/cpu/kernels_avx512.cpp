@@ -3,5 +3,5 @@
 #include "kernels.h"
 
 namespace lrqk {
-const KernelTable kAvx512Kernels = {avx512::decode, avx512::append, nullptr, avx512::prefill, avx512::W};
+const KernelTable kAvx512Kernels = {avx512::decode, avx512::append, avx512::seal, avx512::prefill, avx512::W};
 }  // namespace lrqk

@@ -3,5 +3,5 @@
 #include "kernels.h"
 
 namespace lrqk {
-const KernelTable kPortableKernels = {portable::decode, portable::append, nullptr, portable::prefill, portable::W};
+const KernelTable kPortableKernels = {portable::decode, portable::append, portable::seal, portable::prefill, portable::W};
 }  // namespace lrqk

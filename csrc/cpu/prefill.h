@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "common.h"
+#include "matmul.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
@@ -39,33 +39,6 @@ inline PrefillMemory carve(int64_t head_size, Carver& carver) {
   m.keep = carver.take<float>(kBlockRows);
   m.last_key = carver.take<float>(kBlockRows);
   return m;
-}
-
-// c[i, :] = c[i, :] keep[i] + sum_k a[i, k] b[k, :] for kMatmulRows rows i and 2 W columns; without `keep`, c is
-// overwritten. Element (i, k) of a is at i * a_row + k * a_step.
-template <bool kAdd>
-inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t depth,
-                          float* c, int64_t c_row, const float* keep) {
-  F acc[kMatmulRows][2];
-  LRQK_UNROLL
-  for (int i = 0; i < kMatmulRows; ++i) {
-    acc[i][0] = kAdd ? mul(load(c + i * c_row), set1(keep[i])) : zero();
-    acc[i][1] = kAdd ? mul(load(c + i * c_row + W), set1(keep[i])) : zero();
-  }
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-    const F b0 = load(b), b1 = load(b + W);
-    LRQK_UNROLL
-    for (int i = 0; i < kMatmulRows; ++i) {
-      const F factor = set1(a[i * a_row]);
-      acc[i][0] = fma(factor, b0, acc[i][0]);
-      acc[i][1] = fma(factor, b1, acc[i][1]);
-    }
-  }
-  LRQK_UNROLL
-  for (int i = 0; i < kMatmulRows; ++i) {
-    store(c + i * c_row, acc[i][0]);
-    store(c + i * c_row + W, acc[i][1]);
-  }
 }
 
 struct Block {

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.factors import QUERY_SHARE, RIDGE
 from vllm_lrqk.ops import Kernels, torch_ops
 from vllm_lrqk.page import FactorPages
 from vllm_lrqk.select import Selection, candidate_range
@@ -48,11 +49,11 @@ def kernels(name: str | None = None) -> Kernels:
     names = available[available.index(name) if name else 0 :]
     return Kernels(
         f"cpu-{names[0]}",
-        torch_ops.append_rows,
-        torch_ops.seal_pages,
+        partial(_append_rows, names),
+        partial(_seal_pages, names),
         partial(_select, names),
         partial(_decode_attention, names),
-        torch_ops.prefill_attention,
+        partial(_prefill_attention, names),
     )
 
 
@@ -71,6 +72,64 @@ def _int32(tensor: torch.Tensor) -> torch.Tensor:
 def _layout(factors: FactorPages) -> tuple[int, bool, int, int, int]:
     f = factors.format
     return f.rank, f.factor_dtype == torch.int8, f.projection_offset, f.scale_offset, f.value_mean_offset
+
+
+def _append_rows(
+    names: tuple[str, ...], key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slots: torch.Tensor
+) -> None:
+    if not key.dtype == value.dtype == host.dtype:
+        return torch_ops.append_rows(key, value, host, slots)
+    return torch.ops.vllm_lrqk.cpu_append(key, value, host, slots.long().contiguous(), INSTRUCTION_SETS.index(names[0]))
+
+
+def _seal_pages(
+    names: tuple[str, ...],
+    pages: torch.Tensor,
+    host: torch.Tensor,
+    factors: FactorPages,
+    gram_q: torch.Tensor | None,
+    config: LRQKConfig,
+) -> None:
+    index = _pick(names, host.shape[-1])
+    if index is None or host.dtype not in _DTYPES or config.factorization != "lrqk":
+        return torch_ops.seal_pages(pages, host, factors, gram_q, config)
+    return torch.ops.vllm_lrqk.cpu_seal(
+        pages.long().contiguous(),
+        host,
+        factors.raw,
+        None if gram_q is None else gram_q.contiguous(),
+        *_layout(factors),
+        config.iterations,
+        config.lambda_q,
+        config.lambda_k,
+        RIDGE,
+        QUERY_SHARE,
+        index,
+    )
+
+
+def _prefill_attention(
+    names: tuple[str, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    host: torch.Tensor,
+    pages: torch.Tensor,
+    context_len: int,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    index = _pick(names, query.shape[-1])
+    dtypes = {query.dtype, key.dtype, value.dtype, host.dtype, output.dtype}
+    if index is None or len(dtypes) > 1 or query.dtype not in _DTYPES or _has_matrix_units(query.dtype):
+        return torch_ops.prefill_attention(query, key, value, host, pages, context_len, scale, output)
+    return torch.ops.vllm_lrqk.cpu_prefill(query, key, value, host, _int32(pages), context_len, scale, output, index)
+
+
+@cache
+def _has_matrix_units(dtype: torch.dtype) -> bool:
+    """Whether torch's own attention uses tile instructions for this dtype, which our float32 products cannot match."""
+    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 def _decode_attention(
