@@ -17,13 +17,22 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const f
     acc[i][0] = kAdd ? mul(load(c + i * c_row), set1(keep[i])) : zero();
     acc[i][1] = kAdd ? mul(load(c + i * c_row + W), set1(keep[i])) : zero();
   }
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+  // One pointer for four rows: with one for each, the loop would reload them.
+  constexpr int kPointers = (kMatmulRows + 3) / 4;
+  const float* rows[kPointers];
+  for (int i = 0; i < kPointers; ++i) rows[i] = a + 4 * i * a_row;
+  for (int64_t k = 0; k < depth; ++k, b += b_step) {
     const F b0 = load(b), b1 = load(b + W);
     LRQK_UNROLL
     for (int i = 0; i < kMatmulRows; ++i) {
-      const F factor = set1(a[i * a_row]);
+      const F factor = set1(rows[i / 4][i % 4 * a_row]);
       acc[i][0] = fma(factor, b0, acc[i][0]);
       acc[i][1] = fma(factor, b1, acc[i][1]);
+    }
+    LRQK_UNROLL
+    for (int i = 0; i < kPointers; ++i) {
+      rows[i] += a_step;
+      asm("" : "+r"(rows[i]));
     }
   }
   LRQK_UNROLL

@@ -13,13 +13,14 @@ namespace LRQK_ISA {
 
 constexpr int kBlockRows = 192;  // a multiple of kMatmulRows and of 2 W
 constexpr int kTileKeys = 120;   // a multiple of kMatmulRows
+constexpr int kWeightStride = kBlockRows + 16;  // an odd number of cache lines: rows do not fall on the same ones
 static_assert(kBlockRows % kMatmulRows == 0 && kBlockRows % (2 * W) == 0 && kTileKeys % kMatmulRows == 0);
 
 struct PrefillMemory {
   float* query;      // [kBlockRows / 2 W, d, 2 W], scaled for scores in units of log 2
   float* key;        // [kTileKeys, d]
-  float* value;      // [kTileKeys, d]
-  float* weights;    // [kTileKeys, kBlockRows], scores and then their exponentials
+  float* value;      // [d / 2 W, kTileKeys, 2 W]
+  float* weights;    // [kTileKeys, kWeightStride], scores and then their exponentials
   float* output;     // [kBlockRows, d]
   float* highest;    // [kBlockRows]
   float* sum;        // [kBlockRows]
@@ -32,7 +33,7 @@ inline PrefillMemory carve(int64_t head_size, Carver& carver) {
   m.query = carver.take<float>(kBlockRows * head_size);
   m.key = carver.take<float>(kTileKeys * head_size);
   m.value = carver.take<float>(kTileKeys * head_size);
-  m.weights = carver.take<float>(kTileKeys * kBlockRows);
+  m.weights = carver.take<float>(kTileKeys * kWeightStride);
   m.output = carver.take<float>(kBlockRows * head_size);
   m.highest = carver.take<float>(kBlockRows);
   m.sum = carver.take<float>(kBlockRows);
@@ -66,9 +67,9 @@ inline void load_queries(const PrefillArgs& p, const Block& block, PrefillMemory
   std::memset(m.output, 0, kBlockRows * p.head_size * sizeof(float));
 }
 
-template <class T>
-inline void copy_row(const T* from, int64_t head_size, float* to) {
-  for (int64_t i = 0; i < head_size; i += W) store(to + i, load(from + i));
+inline float* value_place(const PrefillMemory& m, int key, int64_t column) {
+  const int64_t within = column % (2 * W);
+  return m.value + (column - within) * kTileKeys + key * 2 * W + within;
 }
 
 // Keys and values of `count` tokens from `position` on, of the request when is_context, else of the chunk.
@@ -87,12 +88,18 @@ inline void load_tile(const PrefillArgs& p, int64_t kv_head, bool is_context, in
       key = static_cast<const T*>(p.key) + token * p.key_token_stride + kv_head * p.key_head_stride;
       value = static_cast<const T*>(p.value) + token * p.value_token_stride + kv_head * p.value_head_stride;
     }
-    copy_row(key, d, m.key + i * d);
-    copy_row(value, d, m.value + i * d);
+    for (int64_t column = 0; column < d; column += W) {
+      store(m.key + i * d + column, load(key + column));
+      store(value_place(m, i, column), load(value + column));
+    }
   }
   const int padded = static_cast<int>(ceil_div(count, kMatmulRows)) * kMatmulRows;
-  std::memset(m.key + count * d, 0, (padded - count) * d * sizeof(float));
-  std::memset(m.value + count * d, 0, (padded - count) * d * sizeof(float));
+  for (int i = count; i < padded; ++i) {
+    for (int64_t column = 0; column < d; column += W) {
+      store(m.key + i * d + column, zero());
+      store(value_place(m, i, column), zero());
+    }
+  }
 }
 
 // Exponentials of the tile's scores, in place; updates highest, sum and keep. A row sees the chunk's key
@@ -104,21 +111,21 @@ inline void exponentiate_tile(int count, int padded, int padded_rows, bool is_ca
     if (is_causal) {
       const F last_key = load(m.last_key + row), masked = set1(kMasked);
       for (int i = 0; i < count; ++i) {
-        float* w = weights + i * kBlockRows;
+        float* w = weights + i * kWeightStride;
         store(w, choose(last_key, set1(static_cast<float>(position + i)), load(w), masked));
       }
     }
     const F before = load(m.highest + row);
     F top[2] = {before, before};
-    for (int i = 0; i < count; ++i) top[i & 1] = max(top[i & 1], load(weights + i * kBlockRows));
+    for (int i = 0; i < count; ++i) top[i & 1] = max(top[i & 1], load(weights + i * kWeightStride));
     const F highest = max(top[0], top[1]);
     F total = zero();
     for (int i = 0; i < count; ++i) {
-      const F weight = exp2(sub(load(weights + i * kBlockRows), highest));
-      store(weights + i * kBlockRows, weight);
+      const F weight = exp2(sub(load(weights + i * kWeightStride), highest));
+      store(weights + i * kWeightStride, weight);
       total = add(total, weight);
     }
-    for (int i = count; i < padded; ++i) store(weights + i * kBlockRows, zero());
+    for (int i = count; i < padded; ++i) store(weights + i * kWeightStride, zero());
     const F keep = exp2(sub(before, highest));
     store(m.highest + row, highest);
     store(m.keep + row, keep);
@@ -134,8 +141,8 @@ inline void attend_tile(const PrefillArgs& p, const Block& block, bool is_contex
   load_tile<T>(p, block.kv_head, is_context, position, count, m);
   for (int row = 0; row < block.padded_rows; row += 2 * W) {
     for (int i = 0; i < padded; i += kMatmulRows) {
-      multiply_tile<false>(m.key + i * d, d, 1, m.query + row * d, 2 * W, d, m.weights + i * kBlockRows + row,
-                           kBlockRows, nullptr);
+      multiply_tile<false>(m.key + i * d, d, 1, m.query + row * d, 2 * W, d, m.weights + i * kWeightStride + row,
+                           kWeightStride, nullptr);
     }
   }
   const bool is_causal = !is_context && position + count > block.first_token + 1;
@@ -143,7 +150,7 @@ inline void attend_tile(const PrefillArgs& p, const Block& block, bool is_contex
   const int rows = static_cast<int>(ceil_div(block.rows, kMatmulRows)) * kMatmulRows;
   for (int64_t column = 0; column < d; column += 2 * W) {
     for (int row = 0; row < rows; row += kMatmulRows) {
-      multiply_tile<true>(m.weights + row, 1, kBlockRows, m.value + column, d, padded, m.output + row * d + column, d,
+      multiply_tile<true>(m.weights + row, 1, kWeightStride, m.value + column * kTileKeys, 2 * W, padded, m.output + row * d + column, d,
                           m.keep + row);
     }
   }
