@@ -123,7 +123,10 @@ def assert_nothing_in_use(llm: Any) -> None:
 
 
 def shut_down(llm: Any) -> None:
-    """End an engine so that the next one can start in the same process; the last one takes vLLM's groups along."""
+    """End an engine so that the next one can start in the same process.
+
+    vLLM's process groups end with it: an engine that is still alive serves again only after another has started.
+    """
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm.llm_engine.engine_core.shutdown()
