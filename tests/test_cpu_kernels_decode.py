@@ -14,8 +14,11 @@ pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="CPU kernels are no
 # The output is rounded to its dtype: half a unit in the last place, twice where two roundings differ.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # Projected queries are quantised to 16 bits, which moves a score by up to rank * 127 / 2 steps of 1 / 32767 of the
-# largest product; for these scores (below 30) that stays under 4e-3, and 1e-4 is typical.
-SCORE_ERROR = 4e-3
+# largest product: below 4e-3 for these scores (below 30), 1e-4 typically. Weights are kept as bfloat16, which is
+# another 2e-3 at most.
+SCORE_ERROR = 6e-3
+# That error on the residual's share of the output, and rows of nearly equal weight that change places with it.
+RESIDUAL_ERROR = 1e-3
 
 
 def run_decode(name: str, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,8 +33,7 @@ def check_decode(name: str, layer: Layer) -> None:
     output, attended = run_decode(name, layer)
     assert torch.equal(attended, expected_rows)
     assert not output.isnan().any()
-    # A tie at the threshold or a score that moved exchanges two rows of equal weight, at most 1 / top_k each.
-    assert relative_error(output, expected) < ROUNDING[layer.query.dtype] + 2e-4
+    assert relative_error(output, expected) < ROUNDING[layer.query.dtype] + RESIDUAL_ERROR
 
 
 def check_selection(name: str, layer: Layer) -> None:

@@ -124,16 +124,15 @@ inline void to_natural_order(float* output, int heads, int64_t head_size) {
   }
 }
 
-// The query heads of one KV head in load_pair's order, scaled for scores in units of log 2.
+// One query head in load_pair's order, scaled for scores in units of log 2.
 template <class T>
-inline void prepare_query(const float* query, int heads, int64_t head_size, float scale, float* out) {
-  for (int64_t i = 0; i < heads * head_size; i += 2 * W) {
-    for (int half = 0; half < 2; ++half) {
-      for (int lane = 0; lane < W; ++lane) {
-        out[i + half * W + lane] =
-            query[i + pair_index(static_cast<const T*>(nullptr), half, lane)] * scale * kLog2e;
-      }
-    }
+inline void prepare_query(const T* query, int64_t head_size, float scale, float* out) {
+  const F factor = set1(scale * kLog2e);
+  for (int64_t i = 0; i < head_size; i += 2 * W) {
+    F a, b;
+    load_pair(query + i, a, b);
+    store(out + i, mul(a, factor));
+    store(out + i + W, mul(b, factor));
   }
 }
 

@@ -12,11 +12,16 @@ inline void weigh_range(const DecodeArgs& a, Item& item, int64_t range) {
   const int64_t stop = smaller(item.num_pages, (range + 1) * item.range_pages);
   for (int64_t p = range * item.range_pages; p < stop; ++p) {
     float* out = item.group_weight + p * n;
-    const float* weights = item.weights + p * n * group;
+    float factors[kMaxGroup + 1];
+    for (int64_t g = 0; g < group; ++g) factors[g] = item.coefficient[g * item.pages + p];
+    factors[group] = 0.0f;
+    const uint32_t* weights = item.weights + p * n * item.pairs;
     for (int64_t i = 0; p >= item.first_page && i < n; i += W) {
       F total = zero();
-      for (int64_t g = 0; g < group; ++g, weights += W) {
-        total = fma(load(weights), set1(item.coefficient[g * item.pages + p]), total);
+      for (int pair = 0; pair < item.pairs; ++pair, weights += W) {
+        const I both = load_words(weights);
+        total = fma(high_bf16(both), set1(factors[2 * pair]), total);
+        total = fma(low_bf16(both), set1(factors[2 * pair + 1]), total);
       }
       store(out + i, total);
     }
@@ -45,12 +50,16 @@ inline void keep_range(const DecodeArgs& a, Item& item, int64_t range) {
   float* weights = item.kept_weight + range * item.kept_stride;
   const F threshold = set1(item.threshold);
   int64_t count = 0;
-  for (int64_t i = range * item.range_pages * n; i < stop; i += W) {
-    const F weight = load(item.group_weight + i);
-    const uint32_t mask = at_least(weight, threshold);
-    if (!mask) continue;
-    compress_index(index + count, static_cast<int32_t>(i), mask);
-    count += compress(weights + count, weight, mask);
+  const int64_t block = item.peak_span * W;
+  for (int64_t first = range * item.range_pages * n; first < stop; first += block) {
+    if (item.peak_span > 1 && !at_least(load(item.peaks + first / item.peak_span), threshold)) continue;
+    for (int64_t i = first; i < first + block; i += W) {
+      const F weight = load(item.group_weight + i);
+      const uint32_t mask = at_least(weight, threshold);
+      if (!mask) continue;
+      compress_index(index + count, static_cast<int32_t>(i), mask);
+      count += compress(weights + count, weight, mask);
+    }
   }
   item.range_kept[range] = count;
 }
@@ -100,13 +109,17 @@ inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
   }
   while (i < item.num_selected && item.rows[i] < stop) {
     const int64_t page = item.rows[i] >> a.page_shift, begin = i;
-    float* weights = item.weights + page * n * group;
-    const auto at = [&](int64_t row) { return weights + ((row & (n - 1)) / W * group) * W + row % W; };
-    float taken[kMaxGroup] = {};
+    uint32_t* weights = item.weights + page * n * item.pairs;
+    const auto at = [&](int64_t row) { return weights + (row & (n - 1)) / W * item.pairs * W + row % W; };
+    float taken[kMaxGroup + 1] = {};
     for (; i < item.num_selected && item.rows[i] >> a.page_shift == page; ++i) {
-      const float* weight = at(item.rows[i]);
-      for (int g = 0; g < group; ++g) taken[g] += weight[g * W];
+      const uint32_t* both = at(item.rows[i]);
+      for (int pair = 0; pair < item.pairs; ++pair) {
+        taken[2 * pair] += float_of(both[pair * W] & 0xffff0000u);
+        taken[2 * pair + 1] += float_of(both[pair * W] << 16);
+      }
     }
+    bool is_cleared = false;
     for (int g = 0; g < group; ++g) {
       float& left = item.page_sum[g * item.pages + page];
       if (taken[g] <= left * (1.0f - 0x1p-6f)) {
@@ -114,9 +127,15 @@ inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
         continue;
       }
       // The difference would lose many digits: add up what is left.
-      for (int64_t k = begin; k < i; ++k) at(item.rows[k])[g * W] = 0.0f;
+      for (int64_t k = begin; !is_cleared && k < i; ++k) {
+        for (int pair = 0; pair < item.pairs; ++pair) at(item.rows[k])[pair * W] = 0;
+      }
+      is_cleared = true;
       F total = zero();
-      for (int64_t k = 0; k < n / W; ++k) total = add(total, load(weights + (k * group + g) * W));
+      for (int64_t k = 0; k < n / W; ++k) {
+        const I both = load_words(weights + (k * item.pairs + g / 2) * W);
+        total = add(total, g % 2 ? low_bf16(both) : high_bf16(both));
+      }
       left = sum(total);
     }
   }

@@ -35,7 +35,8 @@ struct Item {
   int32_t* words;       // [ranges, G, stride], the query projected on the page at hand
   float* unit;          // [ranges, G]
   int stride;           // rank rounded up to W
-  float* weights;       // [num_pages, N / W, G, W], 2^(score - reference)
+  int pairs;            // of heads, rounded up
+  uint32_t* weights;    // [num_pages, N / W, pairs, W], 2^(score - reference), two bfloat16 to a word
   float* reference;     // [G, pages], the head's log-sum-exp over the pages before, roughly
   float* page_sum;      // [G, pages], of `weights`; later without the selected tokens
   float* coefficient;   // [G, pages], 2^(reference - log-sum-exp over all pages)
@@ -68,6 +69,7 @@ inline Item make_item(const DecodeArgs& a, int64_t index) {
   item.always = smaller(item.first, item.seq_len) + tail;
   item.num_rows = item.num_selected + item.always;
   item.pages = ceil_div(item.num_pages, W) * W;
+  item.pairs = static_cast<int>(ceil_div(a.heads / a.kv_heads, 2));
   item.stride = static_cast<int>(ceil_div(a.layout.rank, W) * W);
   item.range_pages = larger<int64_t>(kRangeTokens / n, 1);
   item.ranges = item.is_scored ? ceil_div(item.num_pages, item.range_pages) : 0;
@@ -98,7 +100,7 @@ inline void carve(const DecodeArgs& a, Item& item, Carver& carver) {
   item.proxy_query = {carver.take<int16_t>(query), carver.take<float>(query), carver.take<float>(group)};
   item.words = carver.take<int32_t>(item.ranges * group * item.stride);
   item.unit = carver.take<float>(item.ranges * group);
-  item.weights = carver.take<float>(group * tokens);
+  item.weights = carver.take<uint32_t>(item.pairs * tokens);
   item.reference = carver.take<float>(group * item.pages);
   item.page_sum = carver.take<float>(group * item.pages);
   item.coefficient = carver.take<float>(group * item.pages);

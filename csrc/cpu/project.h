@@ -15,7 +15,8 @@ struct ProxyQuery {
   float* unit;     // [G], what one step of `words` is worth
 };
 
-inline void prepare_proxy_query(const float* query, int heads, int64_t head_size, float scale, ProxyQuery& out) {
+inline void prepare_proxy_query(const float* query, int heads, int64_t head_size, float scale, bool is_int8,
+                                ProxyQuery& out) {
   // The largest sum of int8 times int16 products has to fit in 31 bits.
   const float limit = smaller(32767.0f, 2147483648.0f / (127.0f * head_size) - 1.0f);
   for (int g = 0; g < heads; ++g) {
@@ -26,7 +27,7 @@ inline void prepare_proxy_query(const float* query, int heads, int64_t head_size
     const F inverse = set1(size > 1e-30f ? limit / size : 0.0f);
     out.unit[g] = size / limit * scale * kLog2e;
     for (int64_t i = 0; i < head_size; i += W) store_int16(out.words + g * head_size + i, mul(load(q + i), inverse));
-    for (int64_t i = 0; i < head_size; i += 2 * W) {
+    for (int64_t i = 0; !is_int8 && i < head_size; i += 2 * W) {
       for (int half = 0; half < 2; ++half) {
         for (int lane = 0; lane < W; ++lane) {
           const int from = pair_index(static_cast<const bf16*>(nullptr), half, lane);
@@ -70,8 +71,20 @@ class Fetcher {
   int64_t lines_, rate_;
 };
 
+// Sums of the products of one row of X with B heads' words; with kBlocks > 0, head_size is 2 W kBlocks.
+template <int B, int kBlocks>
+inline void dot_row(const int8_t* x, const int16_t* q, int64_t head_size, I* sums) {
+  const int64_t blocks = kBlocks ? kBlocks : head_size / (2 * W), size = blocks * 2 * W;
+  LRQK_UNROLL
+  for (int64_t i = 0; i < blocks; ++i) {
+    const I wide = widen_bytes(x + i * 2 * W);
+    LRQK_UNROLL
+    for (int g = 0; g < B; ++g) sums[g] = dot(sums[g], wide, load_words(q + g * size + i * 2 * W));
+  }
+}
+
 // z of ranks first ... first + W - 1, zero past the rank, with int8 factors.
-template <int B>
+template <int B, int kBlocks>
 inline void project_int8(const FactorPage& page, const ProxyQuery& query, int g0, int64_t head_size, int first,
                          int count, Fetcher& fetcher, F* z) {
   I acc[B][W];
@@ -83,11 +96,7 @@ inline void project_int8(const FactorPage& page, const ProxyQuery& query, int g0
     for (int g = 0; g < B; ++g) sums[g] = int_zero();
     if (j < count) {
       fetcher.step();
-      for (int64_t i = 0; i < head_size; i += 2 * W) {
-        const I wide = widen_bytes(x + j * head_size + i);
-        LRQK_UNROLL
-        for (int g = 0; g < B; ++g) sums[g] = dot(sums[g], wide, load_words(q + g * head_size + i));
-      }
+      dot_row<B, kBlocks>(x + j * head_size, q, head_size, sums);
     }
     LRQK_UNROLL
     for (int g = 0; g < B; ++g) acc[g][j] = sums[g];
@@ -143,7 +152,8 @@ inline void project(const FactorPage& page, const ProxyQuery& query, int g0, int
     std::memcpy(scale, page.scale() + first, count * sizeof(float));
     F z[B];
     if (is_int8) {
-      project_int8<B>(page, query, g0, head_size, first, count, fetcher, z);
+      const auto run = head_size == 8 * W ? project_int8<B, 4> : head_size == 4 * W ? project_int8<B, 2> : project_int8<B, 0>;
+      run(page, query, g0, head_size, first, count, fetcher, z);
     } else {
       project_bf16<B>(page, query, g0, head_size, first, count, fetcher, z);
     }

@@ -36,44 +36,48 @@ struct Running {
   }
 };
 
-// 2^(score - reference) of V vectors of tokens for B heads, to [V, heads, W]; adds them to the heads' totals. On an
-// edge, `valid` holds 1 for candidates and 0 for others.
+// 2^(score - reference) of V vectors of tokens for B heads, in bfloat16 and two heads to a word, to [V, pairs, W]; adds
+// them to the heads' totals. On an edge, `valid` holds 1 for candidates and 0 for others.
 template <int B, int V, bool kIsInt8, bool kIsEdge>
-inline void weigh_vectors(const FactorPage& page, const Projected& z, int heads, int g0, int64_t page_size, int64_t n,
-                          const F* reference, const float* valid, float* weights, F* total) {
+inline void weigh_vectors(const FactorPage& page, const Projected& z, int pairs, int g0, int64_t page_size, int64_t n,
+                          const F* reference, const float* valid, Fetcher& fetcher, uint32_t* weights, F* total) {
   F scores[V][B];
-  score_vectors<B, V, kIsInt8>(page, z, g0, page_size, n, scores);
+  score_vectors<B, V, kIsInt8>(page, z, g0, page_size, n, fetcher, scores);
   LRQK_UNROLL
   for (int v = 0; v < V; ++v) {
+    F weight[B];
     LRQK_UNROLL
     for (int g = 0; g < B; ++g) {
-      F weight = exp2(sub(scores[v][g], reference[g]));
-      if (kIsEdge) weight = mul(weight, load(valid + n + v * W));
-      total[g] = add(total[g], weight);
-      store(weights + (v * heads + g) * W, weight);
+      weight[g] = round_to_bf16(exp2(sub(scores[v][g], reference[g])));
+      if (kIsEdge) weight[g] = mul(weight[g], load(valid + n + v * W));
+      total[g] = add(total[g], weight[g]);
+    }
+    LRQK_UNROLL
+    for (int g = 0; g < B; g += 2) {
+      store_words(weights + (v * pairs + g / 2) * W, pack_bf16(weight[g], g + 1 < B ? weight[g + 1] : zero()));
     }
   }
 }
 
 template <int B, bool kIsInt8, bool kIsEdge>
-inline void weigh_page(const FactorPage& page, const Projected& z, int heads, int g0, int64_t page_size,
-                       const float* reference, const float* valid, Fetcher& fetcher, float* weights, float* totals) {
+inline void weigh_page(const FactorPage& page, const Projected& z, int pairs, int g0, int64_t page_size,
+                       const float* reference, const float* valid, Fetcher& fetcher, uint32_t* weights,
+                       float* totals) {
   constexpr int V = kVectorsTogether;
   F references[B], total[B];
   for (int g = 0; g < B; ++g) {
     references[g] = set1(reference[g]);
     total[g] = zero();
   }
-  weights += g0 * W;
+  weights += g0 / 2 * W;
   int64_t n = 0;
   for (; n + V * W <= page_size; n += V * W) {
-    fetcher.step();
-    weigh_vectors<B, V, kIsInt8, kIsEdge>(page, z, heads, g0, page_size, n, references, valid, weights + n * heads,
-                                          total);
+    weigh_vectors<B, V, kIsInt8, kIsEdge>(page, z, pairs, g0, page_size, n, references, valid, fetcher,
+                                          weights + n * pairs, total);
   }
   for (; n < page_size; n += W) {
-    weigh_vectors<B, 1, kIsInt8, kIsEdge>(page, z, heads, g0, page_size, n, references, valid, weights + n * heads,
-                                          total);
+    weigh_vectors<B, 1, kIsInt8, kIsEdge>(page, z, pairs, g0, page_size, n, references, valid, fetcher,
+                                          weights + n * pairs, total);
   }
   for (int g = 0; g < B; ++g) totals[g] = sum(total[g]);
 }
@@ -82,9 +86,10 @@ template <int B, bool kIsInt8>
 inline void highest_scores(const FactorPage& page, const Projected& z, int g0, int64_t page_size, const float* valid,
                            float* highest) {
   F top[B], scores[1][B];
+  Fetcher idle(nullptr, 0, 1);
   for (int g = 0; g < B; ++g) top[g] = set1(kMasked);
   for (int64_t n = 0; n < page_size; n += W) {
-    score_vectors<B, 1, kIsInt8>(page, z, g0, page_size, n, scores);
+    score_vectors<B, 1, kIsInt8>(page, z, g0, page_size, n, idle, scores);
     for (int g = 0; g < B; ++g) {
       const F score = valid ? choose(load(valid + n), set1(0.5f), scores[0][g], set1(kMasked)) : scores[0][g];
       top[g] = max(top[g], score);
@@ -100,7 +105,7 @@ inline void scan_page(const DecodeArgs& a, Item& item, int64_t p, int64_t range,
   const bool is_int8 = a.layout.is_int8;
   const FactorPage page = factor_page(a, item, p);
   const Projected z = projected(a, item, range);
-  Fetcher fetcher(next, a.layout.value_mean_offset, a.layout.rank + n / (kVectorsTogether * W));
+  Fetcher fetcher(next, a.layout.value_mean_offset, fetch_steps(a.layout, n, kVectorsTogether));
   for_head_blocks(group, [&](auto block, int g) {
     project<decltype(block)::value>(page, item.proxy_query, g, a.head_size, fetcher, z);
   });
@@ -126,7 +131,7 @@ inline void scan_page(const DecodeArgs& a, Item& item, int64_t p, int64_t range,
       constexpr int B = decltype(block)::value;
       const auto run = is_int8 ? (is_edge ? weigh_page<B, true, true> : weigh_page<B, true, false>)
                                : (is_edge ? weigh_page<B, false, true> : weigh_page<B, false, false>);
-      run(page, z, group, g, n, reference + g, valid, fetcher, item.weights + p * n * group, totals + g);
+      run(page, z, item.pairs, g, n, reference + g, valid, fetcher, item.weights + p * n * item.pairs, totals + g);
     });
     if (!is_good) break;
     for (int g = 0; g < group; ++g) is_good = is_good && totals[g] < 0x1p100f;

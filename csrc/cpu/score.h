@@ -9,7 +9,7 @@ namespace LRQK_ISA {
 // Scores of the V vectors of tokens from n on, for B heads, with int8 factors.
 template <int B, int V>
 inline void score_int8(const FactorPage& page, const Projected& z, int g0, int64_t page_size, int64_t n,
-                       F (*scores)[B]) {
+                       Fetcher& fetcher, F (*scores)[B]) {
   const int32_t* words[B];
   I acc[V][B];
   LRQK_UNROLL
@@ -19,6 +19,7 @@ inline void score_int8(const FactorPage& page, const Projected& z, int g0, int64
     for (int v = 0; v < V; ++v) acc[v][g] = int_zero();
   }
   for (int j = 0; j < page.layout->rank; j += 4) {
+    fetcher.step();
     I even[V], odd[V];
     LRQK_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -43,7 +44,7 @@ inline void score_int8(const FactorPage& page, const Projected& z, int g0, int64
 // The same with bfloat16 factors.
 template <int B, int V>
 inline void score_bf16(const FactorPage& page, const Projected& z, int g0, int64_t page_size, int64_t n,
-                       F (*scores)[B]) {
+                       Fetcher& fetcher, F (*scores)[B]) {
   const bf16* data = reinterpret_cast<const bf16*>(page.data);
   LRQK_UNROLL
   for (int v = 0; v < V; ++v) {
@@ -51,6 +52,7 @@ inline void score_bf16(const FactorPage& page, const Projected& z, int g0, int64
     for (int g = 0; g < B; ++g) scores[v][g] = zero();
   }
   for (int j = 0; j < page.layout->rank; j += 2) {
+    fetcher.step();
     LRQK_UNROLL
     for (int v = 0; v < V; ++v) {
       F even, odd;
@@ -66,12 +68,18 @@ inline void score_bf16(const FactorPage& page, const Projected& z, int g0, int64
 
 template <int B, int V, bool kIsInt8>
 inline void score_vectors(const FactorPage& page, const Projected& z, int g0, int64_t page_size, int64_t n,
-                          F (*scores)[B]) {
+                          Fetcher& fetcher, F (*scores)[B]) {
   if constexpr (kIsInt8) {
-    score_int8<B, V>(page, z, g0, page_size, n, scores);
+    score_int8<B, V>(page, z, g0, page_size, n, fetcher, scores);
   } else {
-    score_bf16<B, V>(page, z, g0, page_size, n, scores);
+    score_bf16<B, V>(page, z, g0, page_size, n, fetcher, scores);
   }
+}
+
+// Steps that projecting and scoring a page give a Fetcher, for one block of heads.
+inline int64_t fetch_steps(const PageLayout& layout, int64_t page_size, int vectors_together) {
+  const int64_t blocks = ceil_div(page_size, W * vectors_together);
+  return layout.rank + blocks * layout.rank / (layout.is_int8 ? 4 : 2);
 }
 
 constexpr int kVectorsTogether = 2;  // they share the loads of the query's words

@@ -23,14 +23,15 @@ inline void prepare(const DecodeArgs& a, Item& item) {
     const T* query = static_cast<const T*>(a.query) + item.request * a.query_request_stride +
                      item.kv_head * group * a.query_head_stride;
     for (int g = 0; g < group; ++g) {
-      for (int64_t i = 0; i < a.head_size; i += W) {
-        store(item.query + g * a.head_size + i, load(query + g * a.query_head_stride + i));
+      const T* head = query + g * a.query_head_stride;
+      prepare_query(head, a.head_size, a.scale, item.attend_query + g * a.head_size);
+      for (int64_t i = 0; item.is_scored && i < a.head_size; i += W) {
+        store(item.query + g * a.head_size + i, load(head + i));
       }
     }
-    prepare_query<T>(item.query, group, a.head_size, a.scale, item.attend_query);
   });
   if (!item.is_scored) return;
-  prepare_proxy_query(item.query, group, a.head_size, a.scale, item.proxy_query);
+  prepare_proxy_query(item.query, group, a.head_size, a.scale, a.layout.is_int8, item.proxy_query);
   for (int64_t i = 0; i < group * item.pages; ++i) item.reference[i] = kMasked;
   std::memset(item.page_sum, 0, group * item.pages * sizeof(float));
 }

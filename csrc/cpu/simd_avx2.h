@@ -137,6 +137,18 @@ inline void store_int8(int8_t* p, F a) {
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 }
 
+inline F round_to_bf16(F a) {
+  const I rounded = _mm256_add_epi32(_mm256_castps_si256(a), _mm256_set1_epi32(0x8000));
+  return _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline I pack_bf16(F high, F low) {
+  return _mm256_or_si256(_mm256_castps_si256(high), _mm256_srli_epi32(_mm256_castps_si256(low), 16));
+}
+inline F high_bf16(I a) {
+  return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline F low_bf16(I a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
+
 inline F sum_each(const F* a) {
   F quad[2];
   for (int i = 0; i < 2; ++i) {

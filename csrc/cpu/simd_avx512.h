@@ -131,6 +131,20 @@ inline void store_int16(int16_t* p, F a) {
 }
 inline void store_int8(int8_t* p, F a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
 
+// To bfloat16 precision, still as float32.
+inline F round_to_bf16(F a) {
+  const I rounded = _mm512_add_epi32(_mm512_castps_si512(a), _mm512_set1_epi32(0x8000));
+  return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+// Two such values in one word.
+inline I pack_bf16(F high, F low) {
+  return _mm512_or_si512(_mm512_castps_si512(high), _mm512_srli_epi32(_mm512_castps_si512(low), 16));
+}
+inline F high_bf16(I a) {
+  return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline F low_bf16(I a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+
 // Lane i of the result is the sum of all lanes of a[i].
 inline F sum_each(const F* a) {
   F quad[4];

@@ -162,6 +162,11 @@ inline void store_int8(int8_t* p, F a) {
   for (int i = 0; i < W; ++i) p[i] = static_cast<int8_t>(r[i]);
 }
 
+inline F round_to_bf16(F a) { return from_bits((to_bits(a) + 0x8000) & splat(static_cast<int32_t>(0xffff0000u))); }
+inline I pack_bf16(F high, F low) { return to_bits(high) | ((to_bits(low) >> 16) & 0xffff); }
+inline F high_bf16(I a) { return from_bits(a & splat(static_cast<int32_t>(0xffff0000u))); }
+inline F low_bf16(I a) { return from_bits(a << 16); }
+
 inline F sum_each(const F* a) { return F{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])}; }
 inline I sum_each(const I* a) {
   I total;

@@ -9,7 +9,7 @@ import torch
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.factors import QUERY_SHARE, RIDGE
 from vllm_lrqk.ops import Kernels, torch_ops
-from vllm_lrqk.page import FactorPages
+from vllm_lrqk.page import FactorPages, PageFormat
 from vllm_lrqk.select import Selection, candidate_range
 
 logger = logging.getLogger(__name__)
@@ -66,11 +66,15 @@ def _pick(names: tuple[str, ...], head_size: int) -> int | None:
 
 
 def _int32(tensor: torch.Tensor) -> torch.Tensor:
+    """The last dimension is contiguous."""
+    if tensor.dtype == torch.int32 and tensor.stride(-1) == 1:
+        return tensor
     return tensor.to(torch.int32).contiguous()
 
 
-def _layout(factors: FactorPages) -> tuple[int, bool, int, int, int]:
-    f = factors.format
+@cache
+def _layout(page_format: PageFormat) -> tuple[int, bool, int, int, int]:
+    f = page_format
     return f.rank, f.factor_dtype == torch.int8, f.projection_offset, f.scale_offset, f.value_mean_offset
 
 
@@ -98,7 +102,7 @@ def _seal_pages(
         host,
         factors.raw,
         None if gram_q is None else gram_q.contiguous(),
-        *_layout(factors),
+        *_layout(factors.format),
         config.iterations,
         config.lambda_q,
         config.lambda_k,
@@ -154,7 +158,7 @@ def _decode_attention(
         _int32(block_table),
         _int32(seq_lens),
         scale,
-        *_layout(factors),
+        *_layout(factors.format),
         config.top_k,
         config.recent_tokens,
         config.sink_tokens,
@@ -192,7 +196,7 @@ def _select(
         _int32(block_table),
         _int32(seq_lens),
         scale,
-        *_layout(factors),
+        *_layout(factors.format),
         n,
         config.top_k,
         config.recent_tokens,
