@@ -1,0 +1,176 @@
+"""One layer's decode step on the CPU: LRQK beside vLLM's own CPU attention, in one process and in turns.
+
+    python benchmarks/decode_cpu.py --lengths 1024 4096 32768 131072 --batch 1 8 --json decode.json --plot decode.png
+
+32 query heads, 8 KV heads, head size 128, bfloat16, default settings. Every call reads another copy of the layer
+until 128 MiB have passed, so that nothing stays in the caches that would not stay there in a model. Times are medians.
+Errors are relative to attention in float32. The floor is the bytes that a step has to read over the memory bandwidth
+that this process measures.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from cpu_layers import (  # noqa: E402
+    HEAD_SIZE,
+    HEADS,
+    KV_HEADS,
+    SCALE,
+    CpuAttn,
+    exact_attention,
+    make_layer,
+    read_bandwidth,
+    relative_error,
+)
+
+from vllm_lrqk.config import LRQKConfig  # noqa: E402
+from vllm_lrqk.ops import kernels_for  # noqa: E402
+
+DTYPE = torch.bfloat16
+COLD_BYTES = 128 << 20
+MAX_TOKENS = 1 << 19
+SECONDS = 2.0
+"""Measured time per case, at least; and at least 15 calls."""
+
+
+def kernel_test_passes() -> bool:
+    """A fast part of the test of the kernels that are measured here."""
+    test = ROOT / "tests" / "test_cpu_kernels_decode.py"
+    command = [sys.executable, "-m", "pytest", "-q", str(test), "-k", "ragged_batch or selects_by_peaks or threads"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def step_bytes(length: int, batch: int, rows: int, page_bytes: int, config: LRQKConfig) -> dict[str, int]:
+    """Bytes that one step reads at least."""
+    row_bytes = 2 * HEAD_SIZE * DTYPE.itemsize
+    candidates = min(length // config.page_size * config.page_size, length - config.recent_tokens) - config.sink_tokens
+    pages = batch * KV_HEADS * -(-candidates // config.page_size) if candidates > config.top_k else 0
+    return {"lrqk": rows * row_bytes + pages * page_bytes, "cpu_attn": batch * length * KV_HEADS * row_bytes}
+
+
+def measure(length: int, batch: int, config: LRQKConfig) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+    """Median milliseconds, relative errors and bytes of both backends."""
+    kernels = kernels_for(torch.device("cpu"))
+    layer = make_layer(length, batch, config, DTYPE, kernels)
+    copies = -(-COLD_BYTES // layer.cpu_attn_cache.nbytes)
+    layers = [layer] + [layer.clone() for _ in range(copies - 1)]
+    cpu_attn = CpuAttn([1] * batch, layer.seq_lens, DTYPE, KV_HEADS, HEADS)
+    outputs = {name: torch.empty_like(layer.query) for name in ("lrqk", "cpu_attn")}
+    attended = torch.zeros(batch, dtype=torch.int64)
+
+    def lrqk(now) -> None:  # type: ignore[no-untyped-def]
+        attended.copy_(
+            kernels.decode_attention(
+                now.query, now.host, now.factors, now.block_table, now.seq_lens, SCALE, config, outputs["lrqk"]
+            )
+        )
+
+    def dense(now) -> None:  # type: ignore[no-untyped-def]
+        cpu_attn(now.query, now.cpu_attn_cache, now.block_table, outputs["cpu_attn"])
+
+    times: dict[str, list[float]] = {"lrqk": [], "cpu_attn": []}
+    calls, spent = 0, 0.0
+    while calls < 15 + copies or spent < SECONDS:
+        now = layers[calls % copies]
+        for name, call in (("lrqk", lrqk), ("cpu_attn", dense)):
+            start = perf_counter()
+            call(now)
+            taken = perf_counter() - start
+            spent += taken
+            if calls >= min(copies, 5):
+                times[name].append(taken)
+        calls += 1
+    exact = exact_attention(layer)
+    errors = {name: relative_error(output, exact) for name, output in outputs.items()}
+    needed = step_bytes(length, batch, int(attended.sum()), layer.factors.format.page_bytes, config)
+    return {name: median(values) * 1e3 for name, values in times.items()}, errors, needed
+
+
+def save_plot(records: list[dict], path: Path) -> None:
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no plot: matplotlib is missing (pip install vllm-lrqk[bench])", file=sys.stderr)
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for batch in sorted({record["batch"] for record in records}):
+        for backend, style in (("lrqk", "o-"), ("cpu_attn", "s--")):
+            chosen = [r for r in records if r["batch"] == batch and r["backend"] == backend]
+            axes.loglog(
+                [r["length"] for r in chosen],
+                [r["median_ms"] for r in chosen],
+                style,
+                label=f"{backend}, batch {batch}",
+            )
+    axes.set(xlabel="tokens per request", ylabel="milliseconds per layer and step", title="Decode attention on the CPU")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [1 << power for power in range(10, 19)]
+    parser.add_argument("--lengths", type=int, nargs="+", default=default, metavar="TOKENS")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="REQUESTS")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a list of records")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    config = LRQKConfig()
+    cases = [
+        (length, batch) for batch in arguments.batch for length in arguments.lengths if length * batch <= MAX_TOKENS
+    ]
+    is_green = kernel_test_passes()
+    bandwidth = read_bandwidth()
+    name = kernels_for(torch.device("cpu")).name
+    title = f"{name}, {arguments.threads} threads, {bandwidth / 1e9:.1f} GB/s read"
+    table = Table(
+        "tokens", "batch", "lrqk ms", "floor ms", "error", "cpu_attn ms", "floor ms", "error", "speed-up", title=title
+    )
+    records: list[dict] = []
+    for length, batch in tqdm(cases, desc="cases"):
+        times, errors, needed = measure(length, batch, config)
+        floors = {backend: size / bandwidth * 1e3 for backend, size in needed.items()}
+        speed_up = f"{times['cpu_attn'] / times['lrqk']:.2f}" if is_green else "-"
+        cells = [f"{x:.3g}" for backend in times for x in (times[backend], floors[backend], errors[backend])]
+        table.add_row(f"{length:,}", str(batch), *cells, speed_up)
+        for backend in times:
+            records.append(
+                {
+                    "length": length,
+                    "batch": batch,
+                    "threads": arguments.threads,
+                    "backend": backend,
+                    "median_ms": times[backend],
+                    "floor_ms": floors[backend],
+                    "relative_error": errors[backend],
+                }
+            )
+    Console(width=120).print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+    if arguments.plot:
+        save_plot(records, arguments.plot)
+    if not is_green:
+        sys.exit("The kernel test is red: no speed-up is reported. Run pytest tests/test_cpu_kernels_decode.py.")
+
+
+if __name__ == "__main__":
+    main()
