@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
 PAGE_SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -35,7 +36,7 @@ class LRQKConfig:
     """How a page's keys are factorised; "key_pca" ignores the queries."""
     factor_dtype: str = field(default="int8", metadata={"choices": ("int8", "bfloat16")})
     """Storage type of the factors."""
-    iterations: int = field(default=2, metadata={"minimum": 1})
+    iterations: int = field(default=3, metadata={"minimum": 1})
     """Alternating updates per page."""
     lambda_q: float = field(default=1.0, metadata={"above": 0.0})
     """Weight of the query reconstruction term."""
@@ -103,6 +104,8 @@ def _check_field(name: str, value: Any, declared: Any, rule: Any) -> None:
         raise ConfigError(f"lrqk.{name} is {value!r}, but must be {wording}.")
     if value is None:
         return
+    if isinstance(value, float) and not isfinite(value):
+        raise ConfigError(f"lrqk.{name} is {value}, but must be finite.")
     if "choices" in rule and value not in rule["choices"]:
         allowed = ", ".join(str(choice) for choice in rule["choices"])
         raise ConfigError(f"lrqk.{name} is {value!r}, but must be one of {allowed}.")

@@ -11,6 +11,8 @@ from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.page import FactorPages
 
 RIDGE = 1e-4
+QUERY_SHARE = 0.5
+"""Share of the queries at hand in G_Q; the rest is identity, so that a few of them do not blind a page to others."""
 
 
 def _solve_right(numerator: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -18,12 +20,16 @@ def _solve_right(numerator: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     rank = gram.shape[-1]
     mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     ridge = (RIDGE * mean_diagonal).clamp_min(torch.finfo(gram.dtype).tiny) * torch.eye(rank, device=gram.device)
-    return torch.linalg.solve(gram + ridge, numerator.mT).mT
+    # solve_ex: solve would wait for the device to look for singular matrices, which the ridge rules out.
+    return torch.linalg.solve_ex(gram + ridge, numerator.mT)[0].mT
 
 
 def _top_columns(gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int) -> torch.Tensor:
-    """Coordinate columns with the largest |Q| + |K| (the published "topcol" start): [..., d, r]."""
-    size = gram_q.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt() + gram_k.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    """Coordinate columns with the largest |Q| |K|, the start of the fit: one-hot [..., d, r].
+
+    The published "topcol" adds the two; the product is what a coordinate brings to the scores, at any magnitudes.
+    """
+    size = gram_q.diagonal(dim1=-2, dim2=-1) * gram_k.diagonal(dim1=-2, dim2=-1)
     columns = size.topk(rank, dim=-1).indices
     return torch.nn.functional.one_hot(columns, gram_q.shape[-1]).mT.to(gram_q.dtype)
 
@@ -52,6 +58,20 @@ def lrqk_projections(
     return x, y
 
 
+def _normalized(gram: torch.Tensor, mean_diagonal: float) -> torch.Tensor:
+    """Gram matrices [..., d, d] scaled to one mean diagonal; zero stays zero."""
+    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return torch.where(size > 0, gram * (mean_diagonal / size.clamp_min(torch.finfo(gram.dtype).tiny)), 0.0)
+
+
+def _query_metric(gram_q: torch.Tensor | None, gram_k: torch.Tensor) -> torch.Tensor:
+    """G_Q of the fit, float32 [..., d, d], mean diagonal 1: queries at hand and identity, or identity alone."""
+    identity = torch.eye(gram_k.shape[-1], device=gram_k.device).expand_as(gram_k)
+    if gram_q is None:
+        return identity
+    return _normalized(QUERY_SHARE * _normalized(gram_q, 1.0) + (1 - QUERY_SHARE) * identity, 1.0)
+
+
 def key_pca_projections(gram_k: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Leading eigenvectors of K'K, for both projections: float32 [..., d, r] twice."""
     vectors = torch.linalg.eigh(gram_k).eigenvectors[..., -rank:]
@@ -74,7 +94,7 @@ def seal_pages(
     Args:
         pages: int64 [M], distinct page ids.
         host: [num_pages, kv_heads, N, 2, d], the layer's host pages (keys at 0, values at 1).
-        gram_q: float32 [M, kv_heads, d, d], Q'Q of the queries at hand; None: no queries, identity.
+        gram_q: float32 [M, kv_heads, d, d], Q'Q of the queries at hand, zero for a page without any; None: no queries.
     """
     f = factors.format
     rows = host[pages]  # [M, KV, N, 2, d]
@@ -83,9 +103,10 @@ def seal_pages(
     if config.factorization == "key_pca":
         x, y = key_pca_projections(gram_k, f.rank)
     else:
-        if gram_q is None:
-            gram_q = torch.eye(f.head_size, device=key.device).expand_as(gram_k)
-        x, y = lrqk_projections(gram_q, gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
+        # Magnitudes of Q and K say nothing about which directions matter, but would shift the weight of lambda.
+        tokens = float(f.page_size)
+        metric, normal_gram_k = tokens * _query_metric(gram_q, gram_k), _normalized(gram_k, tokens)
+        x, y = lrqk_projections(metric, normal_gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
     # Balance the columns: only the product of a column of A and one of X matters.
     x_size = x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
     key_factor, key_scale = _quantize_columns(key @ (y * x_size), f.factor_dtype)

@@ -97,6 +97,11 @@ class FactorPages:
         self.value_mean = view(f.value_mean_offset, f.head_size, torch.bfloat16)
         """bfloat16 [num_pages, kv_heads, head_size]"""
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes per token, all KV heads together."""
+        return self.raw.shape[1] * self.raw.shape[2] / self.format.page_size
+
     def key_factor(self, pages: torch.Tensor) -> torch.Tensor:
         """Key factors A of some pages: [*pages.shape, kv_heads, page_size, rank], a copy."""
         words = self.key_factor_words[pages]  # [..., KV, r/w, N, w]

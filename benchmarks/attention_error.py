@@ -1,0 +1,108 @@
+"""Error of the attention output against dense attention, on synthetic Q/K/V, beside GPU bytes.
+
+    python benchmarks/attention_error.py --sets s1 s2 s3 s4 --json errors.json
+
+Every configuration decodes the same steps after the same prompt. The error is the mean over steps and query heads
+of |o - o_dense| / |o_dense|. GPU bytes are factors plus hot rows (see docs/quality.md).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from decoding import dense_decode, paged_decode, published_decode, relative_error  # noqa: E402
+from qkv import QKV, SETS, generate  # noqa: E402
+
+from vllm_lrqk.config import LRQKConfig  # noqa: E402
+from vllm_lrqk.reference.published_attention import PublishedSettings  # noqa: E402
+
+TOP_K, RECENT_TOKENS = 512, 64
+
+
+def paged(first_chunk: int | None = None, **values: int | float | str) -> dict:
+    """A page-local configuration; `values` are what differs from the default with TOP_K."""
+    config = LRQKConfig(**{"top_k": TOP_K, "recent_tokens": RECENT_TOKENS, "sink_tokens": 4, **values})  # type: ignore[arg-type]
+    return {"config": config, "first_chunk": first_chunk}
+
+
+CONFIGURATIONS: dict[str, dict | PublishedSettings] = {
+    "published, rank 32": PublishedSettings(rank=32, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
+    "published, rank 16": PublishedSettings(rank=16, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
+    "default": paged(),
+    "residual none": paged(residual="none"),
+    "key_pca": paged(factorization="key_pca"),
+    "key_pca, residual none": paged(factorization="key_pca", residual="none"),
+    "top_k 1024": paged(top_k=1024),
+    "top_k 1024, residual none": paged(top_k=1024, residual="none"),
+    "2 iterations": paged(iterations=2),
+    "lambda 0.01": paged(lambda_q=0.01, lambda_k=0.01),
+    "lambda 100": paged(lambda_q=100.0, lambda_k=100.0),
+    "bfloat16 factors": paged(factor_dtype="bfloat16"),
+    "rank 8": paged(rank=8),
+    "rank 32": paged(rank=32),
+    "page size 64": paged(page_size=64),
+    "page size 128": paged(page_size=128),
+    "page size 512": paged(page_size=512),
+    "16 tokens' queries": paged(first_chunk=240),
+}
+
+
+def measure(qkv: QKV, dense: torch.Tensor, steps: int, configuration: dict | PublishedSettings) -> dict[str, float]:
+    """Mean and worst head's relative error, and GPU bytes, of one configuration."""
+    if isinstance(configuration, PublishedSettings):
+        output, published, _ = published_decode(qkv, steps, configuration)
+        device_bytes = published.device_bytes()
+    else:
+        output, layer = paged_decode(qkv, steps, **configuration)
+        device_bytes = layer.device_bytes()
+    error = relative_error(output, dense)
+    return {"error": float(error.mean()), "worst_head": float(error.mean(0).max()), "device_bytes": device_bytes}
+
+
+def print_table(results: dict[str, dict[str, dict[str, float]]]) -> None:
+    """One row per configuration, one column per set: error (worst head) and bytes relative to the first row."""
+    sets = list(results)
+    print(f"| {'configuration':25} | " + " | ".join(f"{name:19}" for name in sets) + " |")
+    print("|" + "---|" * (len(sets) + 1))
+    for name in CONFIGURATIONS:
+        cells = []
+        for of_set in results.values():
+            cell, baseline = of_set[name], of_set["published, rank 32"]
+            share = cell["device_bytes"] / baseline["device_bytes"]
+            cells.append(f"{cell['error']:.4f} ({cell['worst_head']:.3f}) {share:.2f}")
+        print(f"| {name:25} | " + " | ".join(f"{cell:19}" for cell in cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="sets of tests/qkv.py")
+    parser.add_argument("--steps", type=int, default=24, help="decode steps")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    arguments = parser.parse_args()
+    if not 1 <= arguments.steps <= min(SETS[name].decode_tokens for name in arguments.sets):
+        parser.error(f"--steps is {arguments.steps}, but must lie between 1 and the decode tokens of every set")
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    with tqdm(total=len(arguments.sets) * len(CONFIGURATIONS), unit="run") as progress:
+        for name in arguments.sets:
+            qkv = generate(SETS[name])
+            dense = dense_decode(qkv, arguments.steps)
+            results[name] = {}
+            for configuration, settings in CONFIGURATIONS.items():
+                progress.set_description(f"{name} {configuration}")
+                results[name][configuration] = measure(qkv, dense, arguments.steps, settings)
+                progress.update()
+    print_table(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"steps": arguments.steps, "sets": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+import os
+
+import pytest
+import torch
+
+# Engines run inside the test process, so that tests can look at the scheduler's blocks and the layers' state.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tensors in these tests are small: a second thread costs more than it saves.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folder in which tiny checkpoints are made once per session."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def needle_folder(models):
+    """The needle model's checkpoint."""
+    from needle_model import build
+
+    return build(models / "needle")

@@ -1,0 +1,120 @@
+"""One layer's prompt and decode steps on synthetic Q/K/V, with each kind of attention, and what is measured on them.
+
+The error is the mean over decode steps and query heads of |o - o_dense| / |o_dense| (Euclidean norms of a head's
+output vector). Dense attention sees the same bfloat16 keys and values, in float32.
+"""
+
+from itertools import pairwise
+
+import torch
+from qkv import QKV
+
+from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.decode import decode_attention
+from vllm_lrqk.factors import seal_pages
+from vllm_lrqk.page import FactorPages, PageFormat
+from vllm_lrqk.prefill import append_rows, query_grams
+from vllm_lrqk.reference.published_attention import PublishedAttention, PublishedSettings
+
+UNWRITTEN = 0xFF
+"""Byte that fills factor pages before they are sealed: NaN in every floating-point type."""
+
+
+def relative_error(output: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """|o - o_dense| / |o_dense| of each step and query head: [T, H] from [T, H, d]."""
+    return (output - dense).norm(dim=-1) / dense.norm(dim=-1)
+
+
+def dense_decode(qkv: QKV, steps: int) -> torch.Tensor:
+    """Dense attention of the first decode steps: float32 [T, H, d]."""
+    key, value = qkv.key.float().transpose(0, 1), qkv.value.float().transpose(0, 1)  # [KV, L, d]
+    outputs = []
+    for length in range(qkv.prompt_tokens + 1, qkv.prompt_tokens + steps + 1):
+        query = qkv.query[length - 1].float().unflatten(0, (key.shape[0], -1))  # [KV, G, d]
+        weight = (query @ key[:, :length].mT * key.shape[-1] ** -0.5).softmax(-1)
+        outputs.append((weight @ value[:, :length]).flatten(0, 1))
+    return torch.stack(outputs)
+
+
+class PagedLayer:
+    """Host pages and factor pages of one layer with one request, unwritten places filled with NaN.
+
+    Args:
+        num_tokens: the most tokens that the request will have.
+    """
+
+    def __init__(self, qkv: QKV, num_tokens: int, config: LRQKConfig) -> None:
+        _, kv_heads, d = qkv.key.shape
+        page_format = PageFormat(config.page_size, d, config.rank, getattr(torch, config.factor_dtype))
+        num_pages = -(-num_tokens // config.page_size)
+        raw = torch.full((num_pages, kv_heads, page_format.page_bytes), UNWRITTEN, dtype=torch.uint8)
+        self.config, self.scale = config, d**-0.5
+        self.factors = FactorPages(raw, page_format)
+        self.host = torch.full((num_pages, kv_heads, config.page_size, 2, d), torch.nan, dtype=qkv.key.dtype)
+        self.pages = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))
+        self.num_tokens = 0
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None) -> None:
+        """Write tokens [T, KV, d] and seal the pages that they fill; `query` [T, H, d] are the queries at hand."""
+        n, start, end = self.config.page_size, self.num_tokens, self.num_tokens + len(key)
+        position = torch.arange(start, end)
+        append_rows(key, value, self.host, self.pages[position // n] * n + position % n)
+        self.num_tokens = end
+        filled = range(start // n, end // n)
+        if not filled:
+            return
+        grams = None
+        if query is not None:
+            starts = [max(page * n, start) - start for page in filled]
+            grams = query_grams(query, key.shape[1], starts, [(page + 1) * n - start for page in filled])
+        seal_pages(self.pages[list(filled)], self.host, self.factors, grams, self.config)
+
+    def decode(self, query: torch.Tensor) -> torch.Tensor:
+        """Attend with the query [H, d] of the latest token: float32 [H, d]."""
+        output = torch.empty(1, *query.shape)
+        length = torch.tensor([self.num_tokens])
+        decode_attention(
+            query[None], self.host, self.factors, self.pages[None], length, self.scale, self.config, output
+        )
+        return output[0]
+
+    def device_bytes(self) -> int:
+        """Bytes on the GPU with the hot cache on: factor pages, the open one included, and all hot rows."""
+        pages = -(-self.num_tokens // self.config.page_size)
+        _, kv_heads, _, _, d = self.host.shape
+        hot = self.config.num_hot_rows * 2 * d * self.host.element_size()
+        return kv_heads * (pages * self.factors.format.page_bytes + hot)
+
+
+def paged_decode(
+    qkv: QKV, steps: int, config: LRQKConfig, first_chunk: int | None = None
+) -> tuple[torch.Tensor, PagedLayer]:
+    """The prompt, then decode steps that append their token: outputs float32 [T, H, d] and the layer.
+
+    Args:
+        first_chunk: the prompt comes in chunks, this many tokens first and one page size at a time from there on;
+            None: at once.
+    """
+    layer = PagedLayer(qkv, qkv.prompt_tokens + steps, config)
+    ends = [] if first_chunk is None else list(range(first_chunk, qkv.prompt_tokens, config.page_size))
+    for start, end in pairwise([0, *ends, qkv.prompt_tokens]):
+        layer.append(qkv.key[start:end], qkv.value[start:end], qkv.query[start:end])
+    outputs = []
+    for i in range(qkv.prompt_tokens, qkv.prompt_tokens + steps):
+        layer.append(qkv.key[i : i + 1], qkv.value[i : i + 1], None)
+        outputs.append(layer.decode(qkv.query[i]))
+    return torch.stack(outputs), layer
+
+
+def published_decode(
+    qkv: QKV, steps: int, settings: PublishedSettings
+) -> tuple[torch.Tensor, PublishedAttention, list[int]]:
+    """LRQK as published: outputs float32 [T, H, d], the final state, and the misses of each step."""
+    prompt, outputs, misses = slice(0, qkv.prompt_tokens), [], []
+    state = PublishedAttention(
+        qkv.query[prompt].transpose(0, 1), qkv.key[prompt].transpose(0, 1), qkv.value[prompt].transpose(0, 1), settings
+    )
+    for i in range(qkv.prompt_tokens, qkv.prompt_tokens + steps):
+        outputs.append(state.decode(qkv.query[i], qkv.key[i], qkv.value[i]))
+        misses.append(state.misses)
+    return torch.stack(outputs), state, misses

@@ -1,0 +1,155 @@
+"""Real vLLM engines for tests: started in this process, proven to run LRQK, and left without a block in use."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 1 << 20
+_alive = 0
+
+
+def tiny_llama(
+    folder: Path,
+    num_heads: int = 8,
+    num_kv_heads: int = 2,
+    head_size: int = 64,
+    num_layers: int = 2,
+    vocab_size: int = 512,
+) -> Path:
+    """A random Llama whose next token is decided clearly enough that two exact kernels agree on it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = folder / f"llama-{num_heads}-{num_kv_heads}-{head_size}-{num_layers}"
+    if path.exists():
+        return path
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=num_heads * 16,
+            intermediate_size=128,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_size,
+            max_position_embeddings=65536,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                # Large queries and keys give attention that depends on content, a large head clear decisions.
+                gain = {"q_proj": 2.0, "k_proj": 2.0, "lm_head": 4.0}.get(name.split(".")[-2], 1.0)
+                parameter.normal_(0, gain / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(path)
+    return path
+
+
+@contextmanager
+def engine(model: Path, lrqk: dict[str, Any] | None = None, **settings: Any) -> Iterator[Any]:
+    """An `LLM` of LRQK with the given settings; `lrqk=None` gives vLLM's own CPU backend.
+
+    At the end every block must be free again, and with LRQK every layer must have been served by it.
+    """
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_seqs": 8,
+        "skip_tokenizer_init": True,
+        "seed": 0,
+    }
+    if lrqk is None:
+        defaults |= {"attention_backend": "CPU_ATTN", "kv_cache_memory_bytes": 512 * MIB}
+    else:
+        defaults |= {
+            "attention_backend": "LRQK",
+            "additional_config": {"lrqk": {"page_size": 64, "host_memory_gib": 0.25, **lrqk}},
+        }
+    global _alive
+    llm = LLM(model=str(model), **(defaults | settings))
+    _alive += 1
+    try:
+        yield llm
+        assert_backend(llm, "CPUAttentionBackendImpl" if lrqk is None else "LRQKImpl")
+        assert_nothing_in_use(llm)
+    finally:
+        _alive -= 1
+        shut_down(llm)
+
+
+def scheduler(llm: Any) -> Any:
+    """The scheduler of an engine that runs in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def counters(llm: Any) -> dict[str, Any]:
+    """Counters of the first rank."""
+    return llm.collective_rpc("lrqk_counters")[0]
+
+
+def assert_backend(llm: Any, implementation: str) -> None:
+    """Every attention layer runs `implementation`: the live object, not the flag."""
+
+    def names(worker: Any) -> set[str]:
+        layers = worker.vllm_config.compilation_config.static_forward_context
+        return {type(layer.impl).__name__ for layer in layers.values() if hasattr(layer, "impl")}
+
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    found = names(executor.driver_worker.worker)
+    assert found == {implementation}, found
+
+
+def assert_nothing_in_use(llm: Any) -> None:
+    """No request holds a block, and every block is free."""
+    manager = scheduler(llm).kv_cache_manager
+    pool = manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # all but the null block
+    for group in manager.coordinator.single_type_managers:
+        assert not group.req_to_blocks, group.req_to_blocks
+        assert not group.num_cached_block
+        hot_only = getattr(group, "hot_only_pool", None)
+        if hot_only is not None:
+            assert hot_only.get_num_free_blocks() == hot_only.num_gpu_blocks - 1
+
+
+def shut_down(llm: Any) -> None:
+    """End an engine so that the next one can start in the same process; the last one takes vLLM's groups along."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+    if _alive == 0:
+        cleanup_dist_env_and_memory()
+
+
+def token_prompts(lengths: list[int], vocab_size: int = 512, seed: int = 0, shared: int = 0) -> list[Any]:
+    """Random prompts; the first `shared` tokens of all are the same."""
+    from vllm import TokensPrompt
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(0, vocab_size, (count,), generator=generator).tolist()
+
+    prefix = draw(shared)
+    return [TokensPrompt(prompt_token_ids=(prefix + draw(length))[:length]) for length in lengths]
+
+
+def greedy(llm: Any, prompts: list[Any], max_tokens: int, logprobs: int | None = None) -> list[Any]:
+    """Greedy continuations: vLLM's completion outputs, one per prompt."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs, detokenize=False
+    )
+    return [result.outputs[0] for result in llm.generate(prompts, parameters, use_tqdm=False)]

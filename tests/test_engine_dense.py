@@ -1,0 +1,60 @@
+"""Where the selection covers everything, LRQK is dense attention: the same tokens as vLLM's own CPU backend."""
+
+import pytest
+from engines import counters, engine, greedy, tiny_llama, token_prompts
+
+pytestmark = pytest.mark.engine
+
+PROMPT_LENGTHS = [1, 2, 63, 64, 65, 200, 321]
+TOKENS = 40
+# (dtype, query heads, KV heads, head size, largest difference of a log-probability). Both backends
+# compute softmax in float32; 16-bit types round the attention output once per layer (2^-8 for bfloat16,
+# 2^-11 for float16) and the logits reach about 10. There a near tie can end the comparison of a prompt early.
+CASES = [
+    ("float32", 2, 2, 64, 1e-3),
+    ("bfloat16", 8, 2, 128, 0.15),
+    ("float16", 7, 1, 96, 0.03),
+    ("bfloat16", 8, 1, 64, 0.15),
+    ("float32", 8, 2, 128, 1e-3),
+]
+
+
+def assert_same(dense, ours, dtype, tolerance):
+    """The same tokens and log-probabilities, up to the first place where rounding could have decided."""
+    compared = 0
+    for a, b in zip(dense, ours):
+        for token_a, token_b, top_a, top_b in zip(a.token_ids, b.token_ids, a.logprobs, b.logprobs):
+            if token_a != token_b:
+                gap = top_a[token_a].logprob - top_a[token_b].logprob if token_b in top_a else float("inf")
+                assert gap <= 2 * tolerance, (token_a, token_b, gap)
+                break
+            assert abs(top_a[token_a].logprob - top_b[token_b].logprob) <= tolerance
+            compared += 1
+    # A model whose tokens were decided by rounding would let the test pass without comparing anything.
+    assert compared >= (1.0 if dtype == "float32" else 0.6) * sum(len(a.token_ids) for a in dense)
+
+
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads", "head_size", "tolerance"), CASES)
+def test_equals_dense(models, dtype, heads, kv_heads, head_size, tolerance):
+    model = tiny_llama(models, heads, kv_heads, head_size)
+    prompts = token_prompts(PROMPT_LENGTHS)
+    with engine(model, dtype=dtype) as llm:
+        dense = greedy(llm, prompts, TOKENS, logprobs=2)
+    for hot_cache in (False, True):
+        with engine(model, {"top_k": 4096, "hot_cache": hot_cache}, dtype=dtype) as llm:
+            assert_same(dense, greedy(llm, prompts, TOKENS, logprobs=2), dtype, tolerance)
+            counted = counters(llm)
+        decode_rows = sum(length + i + 1 for length in PROMPT_LENGTHS for i in range(TOKENS - 1))
+        assert counted["rows_attended"] == decode_rows * 2 * kv_heads  # two layers
+        assert (counted["rows_hit"] > 0) == hot_cache
+
+
+def test_equals_dense_compiled(models):
+    model = tiny_llama(models)
+    prompts = token_prompts(PROMPT_LENGTHS)
+    with engine(model) as llm:
+        dense = greedy(llm, prompts, TOKENS, logprobs=2)
+    with engine(model, {"top_k": 4096}, enforce_eager=False) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode.value != 0
+        assert_same(dense, greedy(llm, prompts, TOKENS, logprobs=2), "float32", 1e-3)
+        assert counters(llm)["decode_tokens"] > 0

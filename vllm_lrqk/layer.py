@@ -1,0 +1,127 @@
+"""One attention layer's state in both tiers, and its part of a forward step."""
+
+import torch
+
+from vllm_lrqk.attend import attend
+from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.counters import Counters
+from vllm_lrqk.decode import decode_attention
+from vllm_lrqk.factors import seal_pages
+from vllm_lrqk.hot_cache import HotCache
+from vllm_lrqk.page import FactorPages
+from vllm_lrqk.prefill import append_rows, prefill_attention, query_grams
+from vllm_lrqk.select import select
+from vllm_lrqk.step import PrefillChunk, Step
+
+
+class LayerState:
+    """Factor pages, host pages and, where device and host memory differ, the hot cache of one layer.
+
+    Args:
+        host: [num_pages, KV, N, 2, d].
+        scale: factor of the attention scores.
+    """
+
+    def __init__(
+        self,
+        factors: FactorPages,
+        host: torch.Tensor,
+        hot: HotCache | None,
+        scale: float,
+        config: LRQKConfig,
+        counters: Counters,
+    ) -> None:
+        self.factors = factors
+        self.host = host
+        self.hot = hot
+        self.scale = scale
+        self.config = config
+        self.counters = counters
+
+    @property
+    def hot_bytes_per_request(self) -> int:
+        """Device bytes of one request's hot rows in this layer."""
+        if self.hot is None:
+            return 0
+        blocks = self.hot.format.blocks_for(self.config.num_hot_rows)
+        return blocks * self.hot.format.block_bytes * self.host.shape[1]
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        step: Step,
+        hot_table: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Store the step's keys and values, seal the pages that they fill, and attend.
+
+        Args:
+            query, output: [T, H, d].
+            key, value: [T, KV, d].
+            hot_table: int32 [requests, M], hot blocks of each request; None without a hot cache.
+        """
+        append_rows(key, value, self.host, step.slots)
+        if self.hot is not None:
+            self.hot.pages_written(step.slots, self.config.page_size)
+        for chunk in step.prefill:
+            self._prefill(query, key, value, chunk, output)
+        if step.decode is not None:
+            self._decode(query, step, hot_table, output)
+
+    def _prefill(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: PrefillChunk, output: torch.Tensor
+    ) -> None:
+        tokens = slice(chunk.start, chunk.end)
+        prefill_attention(
+            query[tokens],
+            key[tokens],
+            value[tokens],
+            self.host,
+            chunk.pages,
+            chunk.context_len,
+            self.scale,
+            output[tokens],
+        )
+        if chunk.filled:
+            indices, starts, ends = (list(column) for column in zip(*chunk.filled))
+            grams = None
+            if self.config.factorization == "lrqk":
+                grams = query_grams(query[tokens], key.shape[1], starts, ends)
+            seal_pages(chunk.pages[indices].long(), self.host, self.factors, grams, self.config)
+            self.counters.pages_sealed += len(indices)
+
+    def _decode(self, query: torch.Tensor, step: Step, hot_table: torch.Tensor | None, output: torch.Tensor) -> None:
+        decode = step.decode
+        assert decode is not None
+        if len(decode.filled_pages):
+            seal_pages(decode.filled_pages, self.host, self.factors, None, self.config)
+            self.counters.pages_sealed += len(decode.filled_pages)
+        queries = query[decode.tokens]
+        attended = torch.empty_like(queries)
+        if self.hot is None:
+            rows = decode_attention(
+                queries,
+                self.host,
+                self.factors,
+                decode.block_table,
+                decode.seq_lens,
+                self.scale,
+                self.config,
+                attended,
+            )
+            self.counters.rows_attended += int(rows.sum())
+        else:
+            assert hot_table is not None
+            selection = select(queries, self.factors, decode.block_table, decode.seq_lens, self.scale, self.config)
+            rows_kv, fetch = self.hot.resolve(
+                selection.rows, self.host, decode.block_table, hot_table[decode.requests], decode.seq_lens, step.number
+            )
+            attended.copy_(attend(queries, rows_kv, selection, self.factors, decode.block_table, self.scale))
+            self.counters.rows_attended += int((selection.rows >= 0).sum())
+            self.counters.rows_hit += fetch.hits
+            self.counters.rows_missed += fetch.misses
+            self.counters.bytes_fetched += fetch.misses * self.hot.format.row_bytes
+        self.counters.decode_tokens += len(decode.tokens)
+        output[decode.tokens] = attended

@@ -1,0 +1,36 @@
+"""Entry point `vllm.general_plugins`: makes vLLM know the name LRQK, and nothing else.
+
+vLLM calls it in every process, possibly several times; an exception here would stop engines that do not use LRQK.
+"""
+
+from vllm_lrqk import compat
+
+BACKEND = "LRQK"
+HOT_BACKEND = "LRQK_HOT"
+
+
+def register() -> None:
+    """Register the backends and the two hooks that act only where LRQK is chosen."""
+    version = compat.vllm_version()
+    if version is not None and version < compat.MINIMUM_VLLM:
+        needed = ".".join(map(str, compat.MINIMUM_VLLM))
+        compat.logger("lrqk").warning(
+            "vllm-lrqk needs vLLM %s or later and is not available in %s.", needed, ".".join(map(str, version))
+        )
+        return
+    compat.register_backend(BACKEND, "vllm_lrqk.integration.backend.LRQKBackend")
+    compat.register_backend(HOT_BACKEND, "vllm_lrqk.integration.backend.HotBackend")
+    compat.wrap_check_and_update_config(_after_platform_check)
+    compat.wrap_cpu_backend_selection(BACKEND, _select_on_cpu)
+
+
+def _after_platform_check(vllm_config: object) -> None:
+    from vllm_lrqk.integration.startup import prepare
+
+    prepare(vllm_config)
+
+
+def _select_on_cpu(backend: object, selector_config: object) -> str:
+    from vllm_lrqk.integration.startup import select_backend
+
+    return select_backend(backend, selector_config)
