@@ -120,6 +120,21 @@ def test_equal_weights_choose_the_first() -> None:
     assert rows[:77].tolist() == list(range(4, 81))
 
 
+def test_ties_before_heavier_tokens() -> None:
+    """The last tie that is chosen lies in an earlier chunk than ten tokens that weigh more."""
+    config = LRQKConfig(page_size=256, top_k=20)
+    layer = make_layer([20000], config, kv_heads=1, group=1)
+    layer.factors.scale[:] = 1.0
+    layer.factors.projection[:] = 0
+    layer.factors.projection[:, :, 0, 0] = 1
+    layer.factors.key_factor_words[:] = 0
+    layer.factors.key_factor_words[layer.block_table[0, 70], 0, 0, 100:110, 0] = 4
+    layer.query[:] = 0
+    layer.query[0, 0, 0] = 8.0
+    heavier = range(70 * 256 + 100, 70 * 256 + 110)
+    assert run("emulated", layer).rows[0, 0, :20].tolist() == [*range(4, 14), *heavier]
+
+
 def test_rows_are_in_order_over_chunks() -> None:
     layer = make_layer([9000], LRQKConfig(page_size=256, top_k=600))
     selection = run("emulated", layer)

@@ -167,6 +167,9 @@ void cuda_resolve(const Tensor rows, const Tensor block_table, const Tensor seq_
                       miss_row.numel() >= items * a.places && miss_count.numel() >= items && table.size(0) >= items &&
                       age.numel() >= items * slots && miss_place.numel() >= items * a.places && counters.numel() >= 2,
                   "the buffers of resolve are too small");
+  STD_TORCH_CHECK(row_bytes % 16 == 0 && hot.stride(0) % 16 == 0 && hot.stride(1) % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(hot.data_ptr()) % 16 == 0,
+                  "hot blocks and their rows must be aligned to 16 bytes");
   STD_TORCH_CHECK(slots_per_block * (row_bytes + 12) <= hot.size(2), "the slots do not fit into a hot block");
   enter(rows);
   check_launch(resolve(a, stream_of(stream)));

@@ -33,3 +33,9 @@ def stream_handle(device: torch.device) -> int:
 def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream is being captured into a graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device; a few stand for a CPU that emulates one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

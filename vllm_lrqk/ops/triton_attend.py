@@ -154,6 +154,16 @@ class Parts:
     sums: torch.Tensor
     """[B * KV, parts, G]"""
 
+    def cut(self, items: int, parts: int) -> "Parts":
+        """The same memory for other numbers of items and parts; at most as many together."""
+        group, head_size = self.output.shape[2:]
+        count = items * parts * group
+        return Parts(
+            self.output.view(-1)[: count * head_size].view(items, parts, group, head_size),
+            self.highest.view(-1)[:count].view(items, parts, group),
+            self.sums.view(-1)[:count].view(items, parts, group),
+        )
+
 
 def num_splits(items: int, places: int, multiprocessors: int) -> int:
     """Programs per (request, KV head): enough to fill the device twice, none of them without a tile."""
