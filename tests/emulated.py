@@ -38,7 +38,7 @@ def cuda_folder() -> Path | None:
 
 @cache
 def emulated_operators() -> Any:
-    """The emulated operators, compiled when a source has changed; skips the calling test without compiler or toolkit."""
+    """The emulated operators, compiled when a source has changed; skips the test without compiler or toolkit."""
     cuda, compiler = cuda_folder(), shutil.which("g++")
     if cuda is None or compiler is None:
         pytest.skip("the emulated CUDA kernels need g++ and the CUDA toolkit's headers", allow_module_level=True)

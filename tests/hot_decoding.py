@@ -61,7 +61,9 @@ class HotDecoding:
         more = -(-room // n) + 1
         first_new = len(batch.host)
         new_pages = requests * more
-        self.host_cpu = torch.cat([batch.host, torch.full((new_pages, *batch.host.shape[1:]), torch.nan, dtype=self.dtype)])
+        self.host_cpu = torch.cat(
+            [batch.host, torch.full((new_pages, *batch.host.shape[1:]), torch.nan, dtype=self.dtype)]
+        )
         raw = torch.cat([batch.factors.raw, torch.full((new_pages, *batch.factors.raw.shape[1:]), 0xFF).byte()])
         self.factors_cpu = FactorPages(raw, batch.factors.format)
         width = batch.block_table.shape[1] + more
@@ -80,9 +82,7 @@ class HotDecoding:
         self.host = pin(self.host_cpu.clone())
         self.factors = FactorPages(raw.to(device), batch.factors.format)
         self.hot = DeviceHotCache(operators, hot_raw.to(device), hot_format, len(self.host_cpu))
-        self.path = DecodePath(
-            operators, self.total, width, heads, kv_heads, hot_format, per_request, config, device
-        )
+        self.path = DecodePath(operators, self.total, width, heads, kv_heads, hot_format, per_request, config, device)
 
         def on_device(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -105,7 +105,10 @@ class HotDecoding:
         """Draw the next tokens, append them to the CPU's pages, seal the full ones, and fill the step."""
         n, (_, heads, d) = self.config.page_size, self.batch.query.shape
         kv_heads = self.host_cpu.shape[1]
-        normal = [torch.randn(self.requests, count, d, generator=self.generator).to(self.dtype) for count in (heads, kv_heads, kv_heads)]
+        normal = [
+            torch.randn(self.requests, count, d, generator=self.generator).to(self.dtype)
+            for count in (heads, kv_heads, kv_heads)
+        ]
         query, key, value = normal
         self.lens += 1
         page = self.table[torch.arange(self.requests), ((self.lens - 1) // n).long()]

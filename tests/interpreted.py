@@ -1,4 +1,4 @@
-"""Triton's interpreter: conftest.py sets TRITON_INTERPRET where there is no GPU, and kernels then run on CPU tensors."""
+"""Triton's interpreter: where there is no GPU, conftest.py sets TRITON_INTERPRET, and kernels run on CPU tensors."""
 
 import importlib
 import os

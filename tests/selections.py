@@ -28,9 +28,7 @@ def assert_selects_like(actual: Selection, expected: Selection, layer: Layer, sc
                 _assert_close(actual.residual[b, heads], expected.residual, b, heads, score_error)
 
 
-def _assert_close(
-    left: torch.Tensor, expected: torch.Tensor | None, b: int, heads: slice, score_error: float
-) -> None:
+def _assert_close(left: torch.Tensor, expected: torch.Tensor | None, b: int, heads: slice, score_error: float) -> None:
     right = torch.full_like(left, -torch.inf)
     if expected is not None:
         right[:, : expected.shape[-1]] = expected[b, heads]

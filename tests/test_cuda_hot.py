@@ -79,7 +79,9 @@ def test_slots_hold_host_rows(seed: int, steps: int, wanted: int) -> None:
         new = block_table.flatten()[torch.rand(8, generator=generator) < (1.0 if step == 0 else 0.3)].tolist()
         never = [p for p in block_table.flatten().tolist() if torch.isnan(layer.host[p]).any()]
         layer.fill(sorted({*new, *never}))
-        rows = torch.stack([torch.randperm(32, generator=generator)[:wanted] for _ in range(4)]).view(2, KV_HEADS, wanted)
+        rows = torch.stack([torch.randperm(32, generator=generator)[:wanted] for _ in range(4)]).view(
+            2, KV_HEADS, wanted
+        )
         rows[torch.rand(rows.shape, generator=generator) < 0.2] = -1
         rows = rows.int()
         lens = torch.tensor([32, 31]).int()

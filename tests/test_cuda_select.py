@@ -128,7 +128,9 @@ def test_ties_before_heavier_tokens() -> None:
     layer.factors.projection[:] = 0
     layer.factors.projection[:, :, 0, 0] = 1
     layer.factors.key_factor_words[:] = 0
-    layer.factors.key_factor_words[layer.block_table[0, 70], 0, 0, 100:110, 0] = 4
+    page = layer.factors.key_factor_words[layer.block_table[0, 70], 0, 0, :, 0]
+    page[:] = -1  # no ties here: rounding against the heavier ones of their tile would break them
+    page[100:110] = 4
     layer.query[:] = 0
     layer.query[0, 0, 0] = 8.0
     heavier = range(70 * 256 + 100, 70 * 256 + 110)

@@ -21,7 +21,9 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 def run(batch: Batch, selection: Selection, splits: int = 3, parts: int | None = None) -> torch.Tensor:
     requests, heads, d = batch.query.shape
     kv_heads = batch.host.shape[1]
-    memory = triton_attend.allocate_parts(requests, kv_heads, parts or splits, heads // kv_heads, d, torch.device("cpu"))
+    memory = triton_attend.allocate_parts(
+        requests, kv_heads, parts or splits, heads // kv_heads, d, torch.device("cpu")
+    )
     for tensor in (memory.output, memory.highest, memory.sums):
         tensor.fill_(torch.nan)
     address = triton_attend.host_addresses(selection.rows, batch.block_table, batch.host)

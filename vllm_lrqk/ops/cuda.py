@@ -123,10 +123,10 @@ def _decode_attention(
     requests, heads, head_size = query.shape
     kv_heads = host.shape[1]
     address = triton_attend.host_addresses(selection.rows, block_table, host)
-    splits = triton_attend.num_splits(requests * kv_heads, address.shape[-1], cuda_library.multiprocessors(query.device))
-    parts = triton_attend.allocate_parts(requests, kv_heads, splits, heads // kv_heads, head_size, query.device)
-    triton_attend.attend_rows(
-        query, host, address, scale, parts, 0, splits, selection.residual, factors, block_table
+    splits = triton_attend.num_splits(
+        requests * kv_heads, address.shape[-1], cuda_library.multiprocessors(query.device)
     )
+    parts = triton_attend.allocate_parts(requests, kv_heads, splits, heads // kv_heads, head_size, query.device)
+    triton_attend.attend_rows(query, host, address, scale, parts, 0, splits, selection.residual, factors, block_table)
     triton_attend.combine(parts, output)
     return (selection.rows >= 0).sum((1, 2))

@@ -15,8 +15,8 @@ import torch
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.hot_cache import HotFormat
 from vllm_lrqk.ops import triton_attend
-from vllm_lrqk.ops.cuda_library import multiprocessors
 from vllm_lrqk.ops.cuda_hot import DeviceHotCache, Resolved
+from vllm_lrqk.ops.cuda_library import multiprocessors
 from vllm_lrqk.ops.cuda_select import SelectWorkspace
 from vllm_lrqk.page import FactorPages
 from vllm_lrqk.select import Selection
@@ -49,9 +49,7 @@ class DecodePath:
         self.multiprocessors = multiprocessors(device)
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         most = max(requests * self._splits(requests) for requests in range(1, max_requests + 1))
-        self._parts = triton_attend.allocate_parts(
-            most, kv_heads, 2, heads // kv_heads, hot_format.head_size, device
-        )
+        self._parts = triton_attend.allocate_parts(most, kv_heads, 2, heads // kv_heads, hot_format.head_size, device)
 
     def _splits(self, requests: int) -> int:
         return triton_attend.num_splits(requests * self.kv_heads, self.config.attended_rows, self.multiprocessors)
@@ -109,4 +107,3 @@ class DecodePath:
         self.copy_stream.wait_stream(torch.cuda.current_stream(key.device))
         with torch.cuda.stream(self.copy_stream):
             hot.fetch(host, key, value, resolved)
-

@@ -39,11 +39,16 @@ class Resolved:
     def allocate(cls, requests: int, kv_heads: int, places: int, slots: int, device: torch.device) -> "Resolved":
         """Memory for requests with up to `slots` hot slots per KV head."""
         items = requests * kv_heads
+
+        def wide() -> torch.Tensor:
+            return torch.empty(requests, kv_heads, places, dtype=torch.int64, device=device)
+
+        def narrow(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=device)
+
         table = 1 << (slots * 4 // 3).bit_length()
-        wide = [torch.empty(requests, kv_heads, places, dtype=torch.int64, device=device) for _ in range(3)]
-        count = torch.empty(requests, kv_heads, dtype=torch.int32, device=device)
-        scratch = [torch.empty(items, size, dtype=torch.int32, device=device) for size in (table, slots, places)]
-        return cls(*wide, count, *scratch)
+        scratch = narrow(items, table), narrow(items, slots), narrow(items, places)
+        return cls(wide(), wide(), wide(), narrow(requests, kv_heads), *scratch)
 
     def first(self, requests: int) -> "Resolved":
         """The memory of the first requests."""

@@ -64,7 +64,7 @@ class TileStream:
 
     def __init__(self, operators: Any, host: torch.Tensor, pages: torch.Tensor, tile_pages: int) -> None:
         self._operators, self._host = operators, host
-        self._tiles = pages.split(tile_pages)
+        self._tiles = pages.split(tile_pages) if len(pages) else ()
         shape = (min(tile_pages, len(pages)), *host.shape[1:])
         self._buffers = [torch.empty(shape, dtype=host.dtype, device=pages.device) for _ in self._tiles[:2]]
         self._device = pages.device

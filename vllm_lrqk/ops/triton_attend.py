@@ -24,7 +24,7 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def _attend_kernel(
     query,  # [B, H, d]
     base,  # rows at `address`
-    address,  # int64 [B, KV, R], bytes from base; negative: no row
+    address,  # int64 [B, KV, R], bytes from base, multiples of 16; negative: no row
     residual,  # float32 [B, H, P]
     value_mean,  # bfloat16 [num_pages, KV, d]
     block_table,  # int32 [B, P]
@@ -69,7 +69,8 @@ def _attend_kernel(
         at = tl.load(address + item * places + place, mask=place < places, other=-1)
         if tl.max(at, 0) >= 0:
             is_row = at >= 0
-            row = base + at[:, None] // ROW_ITEM_BYTES + column[None, :]
+            # Rows are aligned to 16 bytes; saying so lets the compiler read 16 bytes at once.
+            row = base + (at // 16 * (16 // ROW_ITEM_BYTES))[:, None] + column[None, :]
             mask = is_row[:, None] & is_column[None, :]
             key = tl.load(row, mask=mask, other=0.0).to(DOT)
             value = tl.load(row + HEAD_SIZE, mask=mask, other=0.0).to(DOT)
@@ -83,25 +84,25 @@ def _attend_kernel(
             highest = new
 
     if HAS_RESIDUAL:
-        share = tl.cdiv(tl.cdiv(pages, TILE), splits) * TILE
-        for start in range(split * share, tl.minimum((split + 1) * share, pages), TILE):
+        page_share = tl.cdiv(tl.cdiv(pages, TILE), splits) * TILE
+        for start in range(split * page_share, tl.minimum((split + 1) * page_share, pages), TILE):
             page = start + tl.arange(0, TILE)
-            mask = is_head[:, None] & (page < pages)[None, :]
-            at = (request * KV_HEADS * GROUP + head[:, None]) * pages + page[None, :]
-            score = tl.load(residual + at, mask=mask, other=float("-inf")) * 1.4426950408889634
-            best = tl.max(score, 0)
+            is_asked = is_head[:, None] & (page < pages)[None, :]
+            left_at = (request * KV_HEADS * GROUP + head[:, None]) * pages + page[None, :]
+            left = tl.load(residual + left_at, mask=is_asked, other=float("-inf")) * 1.4426950408889634
+            best = tl.max(left, 0)
             if tl.max(best, 0) > float("-inf"):
                 # A page without residual may be unsealed: its bytes mean nothing.
                 is_page = best > float("-inf")
                 index = tl.load(block_table + request * table_stride + page, mask=is_page, other=0).to(tl.int64)
                 mean_at = index[:, None] * mean_page_stride + kv_head * mean_head_stride + column[None, :]
-                mask = is_page[:, None] & is_column[None, :]
-                value = tl.load(value_mean + mean_at, mask=mask, other=0.0).to(DOT)
-                new = tl.maximum(highest, tl.max(score, 1))
+                is_read = is_page[:, None] & is_column[None, :]
+                mean = tl.load(value_mean + mean_at, mask=is_read, other=0.0).to(DOT)
+                new = tl.maximum(highest, tl.max(left, 1))
                 shift = tl.where(new == float("-inf"), 0.0, new)
-                kept, weight = tl.exp2(highest - shift), tl.exp2(score - shift[:, None])
+                kept, weight = tl.exp2(highest - shift), tl.exp2(left - shift[:, None])
                 total = total * kept + tl.sum(weight, 1)
-                output = output * kept[:, None] + tl.dot(weight.to(DOT), value, input_precision="ieee")
+                output = output * kept[:, None] + tl.dot(weight.to(DOT), mean, input_precision="ieee")
                 highest = new
 
     part = (item * parts + first_part + split) * GROUP + g
@@ -170,9 +171,7 @@ def num_splits(items: int, places: int, multiprocessors: int) -> int:
     return max(1, min(-(-2 * multiprocessors // max(items, 1)), -(-places // ROWS_PER_TILE)))
 
 
-def allocate_parts(
-    requests: int, kv_heads: int, parts: int, group: int, head_size: int, device: torch.device
-) -> Parts:
+def allocate_parts(requests: int, kv_heads: int, parts: int, group: int, head_size: int, device: torch.device) -> Parts:
     """Memory for the parts of one step."""
     shape = (requests * kv_heads, parts, group)
     return Parts(*(torch.empty(*tail, device=device) for tail in ((*shape, head_size), shape, shape)))
@@ -195,7 +194,7 @@ def attend_rows(
     Args:
         query: [B, H, d].
         base: memory of the rows, whose first element has address 0; the row's elements are of its dtype.
-        address: int64 [B, KV, R], bytes; a row is its key followed by its value; negative: no row.
+        address: int64 [B, KV, R], bytes, multiples of 16; a row is its key followed by its value; negative: no row.
         residual: float32 [B, H, P], see `Selection`; needs factors and block_table int32 [B, P].
     """
     requests, heads, head_size = query.shape
