@@ -5,17 +5,15 @@ import torch
 from cpu_kernel_cases import DTYPES, Layer, make_layer
 from emulated import emulated_operators
 from interpreted import interpreted_kernels
-from selections import assert_selects_like
+from selections import HALF, assert_selects_like
 
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.ops.cuda_select import SelectWorkspace
 from vllm_lrqk.select import Selection, select
 
 triton_select = interpreted_kernels("triton_select")
-# The CUDA kernels keep scores in float16, in powers of two below the highest of their tile: for differences below 64
-# half a unit is 2^-6 powers of two.
-SCORE_ERROR = {"emulated": 1.1e-2, "interpreted": 1e-4}
-KINDS = list(SCORE_ERROR)
+ROUNDING = {"emulated": HALF, "interpreted": 0.0}
+KINDS = list(ROUNDING)
 CPU = torch.device("cpu")
 
 
@@ -40,7 +38,7 @@ def check(kind: str, layer: Layer) -> None:
     actual = run(kind, layer)
     config = layer.config
     assert actual.rows.shape[-1] == config.attended_rows
-    assert_selects_like(actual, select(*layer.select_arguments()), layer, SCORE_ERROR[kind])
+    assert_selects_like(actual, select(*layer.select_arguments()), layer, ROUNDING[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +107,7 @@ class TestAgainstTorch:
         expected.rows[1], layer.query[1] = -1, 0
         assert expected.residual is not None
         expected.residual[1] = -torch.inf
-        assert_selects_like(actual, expected, layer, SCORE_ERROR[kind])
+        assert_selects_like(actual, expected, layer, ROUNDING[kind])
 
 
 def test_equal_weights_choose_the_first() -> None:
@@ -140,7 +138,7 @@ def test_ties_before_heavier_tokens() -> None:
 def test_rows_are_in_order_over_chunks() -> None:
     layer = make_layer([9000], LRQKConfig(page_size=256, top_k=600))
     selection = run("emulated", layer)
-    assert_selects_like(selection, select(*layer.select_arguments()), layer, SCORE_ERROR["emulated"])
+    assert_selects_like(selection, select(*layer.select_arguments()), layer, HALF)
     chosen = selection.rows[..., :600]
     assert (chosen.diff(dim=-1) > 0).all()
 
@@ -152,7 +150,7 @@ def test_memory_is_used_again() -> None:
     workspace = workspace_for(layers[2], requests=4, pages=40)
     for layer in [*layers, *layers]:
         actual = run("emulated", layer, workspace)
-        assert_selects_like(actual, select(*layer.select_arguments()), layer, SCORE_ERROR["emulated"])
+        assert_selects_like(actual, select(*layer.select_arguments()), layer, HALF)
 
 
 def test_workspace_knows_what_fits() -> None:
