@@ -71,18 +71,40 @@ class DecodePath:
     ) -> Selection:
         """Store one token per request and attend; returns what it attended to, valid until the next step.
 
-        Pages that these tokens fill are sealed before the step: select counts them as sealed.
+        Select counts a page that these tokens fill as sealed: where there is one, call `hot.append`, seal the page and
+        call `attend` instead.
+
+        Args:
+            slots: int64 [B], page id * N + offset of each token; negative for padding.
+            others: see `attend`.
+        """
+        hot.append(key, value, host, slots)
+        return self.attend(query, key, value, host, factors, hot, block_table, hot_blocks, seq_lens, scale, output)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        host: torch.Tensor,
+        factors: FactorPages,
+        hot: DeviceHotCache,
+        block_table: torch.Tensor,
+        hot_blocks: torch.Tensor,
+        seq_lens: torch.Tensor,
+        scale: float,
+        output: torch.Tensor,
+    ) -> Selection:
+        """Attend with one token per request, whose row is stored already.
 
         Args:
             query, output: [B, H, d].
-            key, value: [B, KV, d].
-            slots: int64 [B], page id * N + offset of each token; negative for padding.
+            key, value: [B, KV, d], the tokens' rows once more: they need not come from the host.
             host: [num_pages, KV, N, 2, d], memory that the device can read and write.
             block_table: int32 [B, P].
             hot_blocks: int32 [B, M].
             seq_lens: int32 [B], the current token included; 0 for padding, whose output is zero.
         """
-        hot.append(key, value, host, slots)
         selection = self.workspace.select(query, factors, block_table, seq_lens, scale)
         resolved = self.resolved.first(len(query))
         hot.locate(selection.rows, block_table, seq_lens, hot_blocks, self.config.page_size, resolved)
