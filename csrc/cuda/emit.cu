@@ -1,0 +1,142 @@
+// The selection itself: selected positions in order, the rows that every step attends, and what is left of each page.
+//
+// A warp works on one page; a block on kChunkTokens tokens.
+#include "candidates.cuh"
+#include "select.h"
+
+namespace lrqk::cuda {
+namespace {
+
+constexpr float kLn2 = 0.693147180559945309417f;
+
+struct Page {
+  int first_token, size, tiles;
+  const unsigned* keys;  // of the item
+};
+
+// Four bits per tile: which of the lane's four tokens are selected.
+__device__ inline unsigned selected_tokens(const Page& page, const Candidates& c, unsigned long long threshold) {
+  unsigned flags = 0;
+  for (int t = 0; t < page.tiles; ++t) {
+    if (lane_index() * 4 >= page.size) continue;
+    const int position = page.first_token + t * page.size + lane_index() * 4;
+    const uint4 words = *reinterpret_cast<const uint4*>(page.keys + position);
+    const unsigned key[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool is_selected = c.has(position + i) && composite_of(key[i], position + i) >= threshold;
+      flags |= static_cast<unsigned>(is_selected) << (t * 4 + i);
+    }
+  }
+  return flags;
+}
+
+// Natural logarithm of the sum of exp(score) over one head's unselected candidates of a page; all lanes get it.
+__device__ inline float left_of_page(const SelectArgs& a, const Page& page, const Candidates& c, int64_t head,
+                                     unsigned flags) {
+  const uint16_t* delta = a.scratch.delta + head * tokens_per_head(a);
+  const int64_t first_tile = head * tiles_per_head(a) + page.first_token / page.size;
+  float highest = -INFINITY, sum = 0.0f;
+  for (int t = 0; t < page.tiles; ++t) {
+    const float tile_max = a.scratch.tile_max[first_tile + t];
+    float here = tile_max, part = a.scratch.tile_sum[first_tile + t];
+    if (__ballot_sync(kAllLanes, (flags >> (t * 4)) & 15u)) {
+      float left[4];
+      const int position = page.first_token + t * page.size + lane_index() * 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool is_left = lane_index() * 4 < page.size && c.has(position + i) && !((flags >> (t * 4 + i)) & 1u);
+        left[i] = is_left ? half_bits_to_float(delta[position + i]) : -INFINITY;
+      }
+      const float top = warp_max(fmaxf(fmaxf(left[0], left[1]), fmaxf(left[2], left[3])));
+      part = 0.0f;
+      if (top > -INFINITY) part = exp2f(left[0] - top) + exp2f(left[1] - top) + exp2f(left[2] - top) + exp2f(left[3] - top);
+      part = warp_sum(part);
+      here = tile_max + top;
+    }
+    if (part == 0.0f) continue;
+    const float both = fmaxf(highest, here);
+    sum = sum * exp2f(highest - both) + part * exp2f(here - both);
+    highest = both;
+  }
+  return sum > 0.0f ? (highest + log2f(sum)) * kLn2 : -INFINITY;
+}
+
+// Rows beside the selected ones, and -1 in unused places. One block per (request, KV head) calls it.
+__device__ inline void list_always(const SelectArgs& a, const Candidates& c, int length, int* rows) {
+  for (int i = smaller(c.count(), a.top_k) + threadIdx.x; i < a.top_k; i += blockDim.x) rows[i] = -1;
+  int* always = rows + a.top_k;
+  const int tail = larger(c.end, a.sink_tokens), places = a.sink_tokens + a.recent_tokens + a.page_size;
+  for (int i = threadIdx.x; i < places; i += blockDim.x) {
+    const int position = i < a.sink_tokens ? i : tail + i - a.sink_tokens;
+    always[i] = position < length ? position : -1;
+  }
+}
+
+// Grid: (chunks, KV, B).
+__global__ void __launch_bounds__(kThreads) emit_kernel(const SelectArgs a) {
+  __shared__ int page_places[kThreads];
+  const int request = blockIdx.z, kv_head = blockIdx.y, chunk = blockIdx.x;
+  const int group = a.heads / a.kv_heads;
+  const int64_t index = static_cast<int64_t>(request) * a.kv_heads + kv_head;
+  const int64_t head = static_cast<int64_t>(request) * a.heads + kv_head * group;
+  const Candidates c = candidates_of(a, request);
+  int* rows = a.rows + index * (a.top_k + a.sink_tokens + a.recent_tokens + a.page_size);
+  if (chunk == 0) list_always(a, c, a.seq_lens[request], rows);
+
+  const int pages_per_chunk = kChunkTokens / a.page_size;  // at most kThreads
+  const int first_page = chunk * pages_per_chunk, size = tile_tokens(a);
+  const unsigned long long threshold = a.scratch.items[index].threshold;
+  Page page{0, size, a.page_size / size, a.scratch.keys + index * tokens_per_head(a)};
+  const auto has_candidates = [&](int p) { return p * a.page_size < c.end && (p + 1) * a.page_size > c.first; };
+  const bool is_empty = first_page * a.page_size >= c.end;
+  if (!is_empty) {
+    for (int i = warp_index(); i < pages_per_chunk; i += kWarps) {
+      page.first_token = (first_page + i) * a.page_size;
+      const unsigned flags = has_candidates(first_page + i) ? selected_tokens(page, c, threshold) : 0;
+      const int count = warp_sum(__popc(flags));
+      if (lane_index() == 0) page_places[i] = count;
+    }
+    int before = 0;
+    for (int i = threadIdx.x; i < chunk; i += blockDim.x) before += a.scratch.chunk_counts[index * gridDim.x + i];
+    before = block_sum(before);
+    const int own = static_cast<int>(threadIdx.x) < pages_per_chunk ? page_places[threadIdx.x] : 0;
+    int total;
+    before += block_scan(own, total);
+    if (static_cast<int>(threadIdx.x) < pages_per_chunk) page_places[threadIdx.x] = before;
+    __syncthreads();
+  }
+  for (int i = warp_index(); i < pages_per_chunk && first_page + i < a.pages; i += kWarps) {
+    const int p = first_page + i;
+    if (is_empty || !has_candidates(p)) {
+      for (int g = lane_index(); a.residual && g < group; g += 32) a.residual[(head + g) * a.pages + p] = -INFINITY;
+      continue;
+    }
+    page.first_token = p * a.page_size;
+    const unsigned flags = selected_tokens(page, c, threshold);
+    int place = page_places[i];
+    for (int t = 0; t < page.tiles; ++t) {
+      const unsigned mine = (flags >> (t * 4)) & 15u;
+      int total;
+      int own = place + warp_scan(__popc(mine), total);
+      for (int j = 0; j < 4; ++j) {
+        if ((mine >> j) & 1u) rows[own++] = page.first_token + t * size + lane_index() * 4 + j;
+      }
+      place += total;
+    }
+    for (int g = 0; a.residual && g < group; ++g) {
+      const float left = left_of_page(a, page, c, head + g, flags);
+      if (lane_index() == 0) a.residual[(head + g) * a.pages + p] = left;
+    }
+  }
+}
+
+}  // namespace
+
+void emit(const SelectArgs& a, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(static_cast<int64_t>(a.pages) * a.page_size, kChunkTokens)),
+                  a.kv_heads, a.requests);
+  launch(emit_kernel, grid, kThreads, stream, a);
+}
+
+}  // namespace lrqk::cuda

@@ -1,0 +1,89 @@
+"""Selection on the device, by the CUDA kernels and by Triton, against the plain torch form on the CPU."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cpu_kernel_cases import DTYPES, Layer, make_layer
+from selections import HALF, assert_selects_like
+
+from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.ops import triton_select
+from vllm_lrqk.ops.cuda_select import SelectWorkspace
+from vllm_lrqk.page import FactorPages
+from vllm_lrqk.select import Selection, select
+
+ROUNDING = {"cuda": HALF, "triton": 0.0}
+
+
+def on_device(layer: Layer, device: torch.device) -> Layer:
+    factors = FactorPages(layer.factors.raw.to(device), layer.factors.format)
+    moved = {name: getattr(layer, name).to(device) for name in ("query", "block_table", "seq_lens")}
+    return replace(layer, factors=factors, **moved)
+
+
+@pytest.fixture(params=ROUNDING)
+def run(request: pytest.FixtureRequest, operators: Any, device: torch.device) -> Any:
+    def run_kind(layer: Layer) -> tuple[Selection, float]:
+        there = on_device(layer, device)
+        if request.param == "triton":
+            selection = triton_select.select(*there.select_arguments())
+        else:
+            requests, heads, _ = layer.query.shape
+            kv_heads, pages = layer.host.shape[1], layer.block_table.shape[1]
+            workspace = SelectWorkspace(operators, requests, pages, heads, kv_heads, layer.config, device)
+            workspace._scratch.fill_(0xFF)
+            for _ in range(2):  # the second call finds the state as the first has left it
+                workspace._rows.fill_(-77)
+                workspace._residual.fill_(torch.nan)
+                selection = workspace.select(*there.select_arguments()[:-1])
+        residual = None if selection.residual is None else selection.residual.cpu()
+        return Selection(selection.rows.cpu(), residual), ROUNDING[request.param]
+
+    return run_kind
+
+
+def check(run: Any, layer: Layer) -> None:
+    actual, rounding = run(layer)
+    assert_selects_like(actual, select(*layer.select_arguments()), layer, rounding)
+
+
+@pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_batch(run: Any, dtype: torch.dtype, factor_dtype: str) -> None:
+    config = LRQKConfig(page_size=64, top_k=128, factor_dtype=factor_dtype)
+    check(run, make_layer([1, 700, 63, 64, 2000, 260, 129], config, dtype))
+
+
+@pytest.mark.parametrize(("head_size", "group"), [(64, 1), (96, 2), (128, 4), (256, 7), (128, 8), (64, 12)])
+@pytest.mark.parametrize("rank", [4, 12, 16, 32])
+def test_heads_and_rank(run: Any, head_size: int, group: int, rank: int) -> None:
+    config = LRQKConfig(page_size=32, top_k=100, rank=rank)
+    check(run, make_layer([600], config, head_size=head_size, group=group))
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 128, 256, 1024])
+@pytest.mark.parametrize("top_k", [1, 200, 9000])
+def test_page_size_and_top_k(run: Any, page_size: int, top_k: int) -> None:
+    check(run, make_layer([9000, 333], LRQKConfig(page_size=page_size, top_k=top_k)))
+
+
+@pytest.mark.parametrize(("sink_tokens", "recent_tokens"), [(0, 1), (1, 17), (40, 64), (300, 5)])
+@pytest.mark.parametrize("residual", ["mean", "none"])
+def test_sink_and_recent(run: Any, sink_tokens: int, recent_tokens: int, residual: str) -> None:
+    tokens = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
+    check(run, make_layer([300, 32, 5, 41], LRQKConfig(page_size=16, top_k=50, residual=residual, **tokens)))
+
+
+def test_long_context(run: Any) -> None:
+    check(run, make_layer([100_000, 7], LRQKConfig(page_size=256, top_k=2048)))
+
+
+def test_equal_weights(operators: Any, device: torch.device) -> None:
+    layer = make_layer([60000], LRQKConfig(page_size=256, top_k=777), kv_heads=1, group=1)
+    layer.query.zero_()
+    there = on_device(layer, device)
+    workspace = SelectWorkspace(operators, 1, layer.block_table.shape[1], 1, 1, layer.config, device)
+    rows = workspace.select(*there.select_arguments()[:-1]).rows[0, 0]
+    assert rows[:777].tolist() == list(range(4, 781))

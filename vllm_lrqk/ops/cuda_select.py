@@ -1,0 +1,107 @@
+"""Selection by the CUDA kernels, in memory that is allocated once."""
+
+from typing import Any
+
+import torch
+
+from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.ops.cuda_library import stream_handle
+from vllm_lrqk.page import FactorPages
+from vllm_lrqk.select import Selection
+
+MAX_RANK = 64
+MAX_HEAD_SIZE = 256
+MAX_TOKENS = 1 << 22
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_supported(query: torch.Tensor, factors: FactorPages, block_table: torch.Tensor) -> bool:
+    """Whether the CUDA kernels serve these shapes."""
+    f = factors.format
+    return (
+        query.dtype in DTYPES
+        and f.rank <= MAX_RANK
+        and f.head_size <= MAX_HEAD_SIZE
+        and f.head_size % 8 == 0
+        and block_table.shape[1] * f.page_size < MAX_TOKENS
+    )
+
+
+class SelectWorkspace:
+    """Memory of select for up to `max_requests` requests of up to `max_pages` pages.
+
+    The layers of a model share one: what select returns is valid until the next call.
+    """
+
+    def __init__(
+        self,
+        operators: Any,
+        max_requests: int,
+        max_pages: int,
+        heads: int,
+        kv_heads: int,
+        config: LRQKConfig,
+        device: torch.device,
+    ) -> None:
+        self.operators = operators
+        self.max_requests, self.max_pages = max_requests, max_pages
+        self.heads, self.kv_heads = heads, kv_heads
+        self.config = config
+        state, scratch = operators.cuda_select_bytes(max_requests, heads, kv_heads, max_pages, config.page_size)
+        self._state = torch.zeros(state, dtype=torch.uint8, device=device)
+        self._scratch = torch.empty(scratch, dtype=torch.uint8, device=device)
+        self._rows = torch.empty(max_requests * kv_heads * config.attended_rows, dtype=torch.int32, device=device)
+        self._residual = torch.empty(max_requests * heads * max_pages, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self._state, self._scratch, self._rows, self._residual))
+
+    def fits(self, query: torch.Tensor, block_table: torch.Tensor, kv_heads: int, config: LRQKConfig) -> bool:
+        """Whether a call with these arguments has room."""
+        same = (self.heads, self.kv_heads, self.config) == (query.shape[1], kv_heads, config)
+        return same and len(query) <= self.max_requests and block_table.shape[1] <= self.max_pages
+
+    def select(
+        self,
+        query: torch.Tensor,
+        factors: FactorPages,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        scale: float,
+    ) -> Selection:
+        """As `vllm_lrqk.select.select`; rows int32 [B, KV, attended_rows], residual [B, H, P] of the block table's P.
+
+        Args:
+            block_table: int32 [B, P].
+            seq_lens: int32 [B]; 0 for padding, which selects nothing.
+        """
+        f, config, (requests, heads, _) = factors.format, self.config, query.shape
+        rows_shape = (requests, self.kv_heads, config.attended_rows)
+        rows = self._rows[: requests * self.kv_heads * config.attended_rows].view(rows_shape)
+        residual = None
+        if config.residual == "mean":
+            pages = block_table.shape[1]
+            residual = self._residual[: requests * heads * pages].view(requests, heads, pages)
+        self.operators.cuda_select(
+            query,
+            factors.raw,
+            block_table,
+            seq_lens,
+            scale,
+            f.rank,
+            f.factor_dtype == torch.int8,
+            f.projection_offset,
+            f.scale_offset,
+            f.page_size,
+            config.top_k,
+            config.recent_tokens,
+            config.sink_tokens,
+            rows,
+            residual,
+            self._state,
+            self._scratch,
+            self.max_requests,
+            stream_handle(query.device),
+        )
+        return Selection(rows, residual)

@@ -1,0 +1,271 @@
+"""Flash-decode over rows at given addresses, with the residual of the other pages folded in: a Triton kernel.
+
+The rows of one KV head are split over programs, each of which leaves its part: output, maximum and sum. `combine`
+merges the parts. A part may come from any rows, so that rows that are still on their way can follow later.
+
+Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, R places for rows, P pages.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_lrqk.page import FactorPages
+
+LOG2E = 1.4426950408889634
+ROWS_PER_TILE = 64
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def _attend_kernel(
+    query,  # [B, H, d]
+    base,  # rows at `address`
+    address,  # int64 [B, KV, R], bytes from base, multiples of 16; negative: no row
+    residual,  # float32 [B, H, P]
+    value_mean,  # bfloat16 [num_pages, KV, d]
+    block_table,  # int32 [B, P]
+    part_output,  # float32 [B * KV, parts, G, d]
+    part_max,  # float32 [B * KV, parts, G], in powers of two
+    part_sum,  # float32 [B * KV, parts, G]
+    scale,
+    query_request_stride,
+    query_head_stride,
+    mean_page_stride,
+    mean_head_stride,
+    table_stride,
+    places,
+    pages,
+    parts,
+    first_part,
+    HAS_RESIDUAL: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    ROW_ITEM_BYTES: tl.constexpr,
+    TILE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    item = tl.program_id(0).to(tl.int64)
+    request, kv_head = item // KV_HEADS, item % KV_HEADS
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    g, column = tl.arange(0, GROUP_BLOCK), tl.arange(0, HEAD_BLOCK)
+    is_head, is_column = g < GROUP, column < HEAD_SIZE
+    head = kv_head * GROUP + g
+    q_at = request * query_request_stride + head[:, None] * query_head_stride + column[None, :]
+    q = tl.load(query + q_at, mask=is_head[:, None] & is_column[None, :], other=0.0).to(DOT)
+    highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    output = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
+
+    share = tl.cdiv(tl.cdiv(places, TILE), splits) * TILE
+    for start in range(split * share, tl.minimum((split + 1) * share, places), TILE):
+        place = start + tl.arange(0, TILE)
+        at = tl.load(address + item * places + place, mask=place < places, other=-1)
+        if tl.max(at, 0) >= 0:
+            is_row = at >= 0
+            # Rows are aligned to 16 bytes; saying so lets the compiler read 16 bytes at once.
+            row = base + (at // 16 * (16 // ROW_ITEM_BYTES))[:, None] + column[None, :]
+            mask = is_row[:, None] & is_column[None, :]
+            key = tl.load(row, mask=mask, other=0.0).to(DOT)
+            value = tl.load(row + HEAD_SIZE, mask=mask, other=0.0).to(DOT)
+            score = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
+            score = tl.where(is_row[None, :], score, float("-inf"))
+            new = tl.maximum(highest, tl.max(score, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)
+            kept, weight = tl.exp2(highest - shift), tl.exp2(score - shift[:, None])
+            total = total * kept + tl.sum(weight, 1)
+            output = output * kept[:, None] + tl.dot(weight.to(DOT), value, input_precision="ieee")
+            highest = new
+
+    if HAS_RESIDUAL:
+        page_share = tl.cdiv(tl.cdiv(pages, TILE), splits) * TILE
+        for start in range(split * page_share, tl.minimum((split + 1) * page_share, pages), TILE):
+            page = start + tl.arange(0, TILE)
+            is_asked = is_head[:, None] & (page < pages)[None, :]
+            left_at = (request * KV_HEADS * GROUP + head[:, None]) * pages + page[None, :]
+            left = tl.load(residual + left_at, mask=is_asked, other=float("-inf")) * 1.4426950408889634
+            best = tl.max(left, 0)
+            if tl.max(best, 0) > float("-inf"):
+                # A page without residual may be unsealed: its bytes mean nothing.
+                is_page = best > float("-inf")
+                index = tl.load(block_table + request * table_stride + page, mask=is_page, other=0).to(tl.int64)
+                mean_at = index[:, None] * mean_page_stride + kv_head * mean_head_stride + column[None, :]
+                is_read = is_page[:, None] & is_column[None, :]
+                mean = tl.load(value_mean + mean_at, mask=is_read, other=0.0).to(DOT)
+                new = tl.maximum(highest, tl.max(left, 1))
+                shift = tl.where(new == float("-inf"), 0.0, new)
+                kept, weight = tl.exp2(highest - shift), tl.exp2(left - shift[:, None])
+                total = total * kept + tl.sum(weight, 1)
+                output = output * kept[:, None] + tl.dot(weight.to(DOT), mean, input_precision="ieee")
+                highest = new
+
+    part = (item * parts + first_part + split) * GROUP + g
+    tl.store(part_max + part, highest, mask=is_head)
+    tl.store(part_sum + part, total, mask=is_head)
+    part_at = part[:, None] * HEAD_SIZE + column[None, :]
+    tl.store(part_output + part_at, output, mask=is_head[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    part_output,
+    part_max,
+    part_sum,
+    output,  # [B, H, d]
+    output_request_stride,
+    output_head_stride,
+    parts,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr,
+):
+    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    item = request * (HEADS // GROUP) + head // GROUP
+    part, column = tl.arange(0, PARTS_BLOCK), tl.arange(0, HEAD_BLOCK)
+    at = (item * parts + part) * GROUP + head % GROUP
+    is_part, is_column = part < parts, column < HEAD_SIZE
+    highest = tl.load(part_max + at, mask=is_part, other=float("-inf"))
+    sums = tl.load(part_sum + at, mask=is_part, other=0.0)
+    top = tl.max(highest, 0)
+    weight = tl.exp2(highest - tl.where(top == float("-inf"), 0.0, top))
+    mask = is_part[:, None] & is_column[None, :]
+    outputs = tl.load(part_output + at[:, None] * HEAD_SIZE + column[None, :], mask=mask, other=0.0)
+    total = tl.sum(weight * sums, 0)
+    result = tl.sum(weight[:, None] * outputs, 0) / tl.where(total == 0.0, 1.0, total)
+    to = output + request * output_request_stride + head * output_head_stride + column
+    tl.store(to, result.to(output.dtype.element_ty), mask=is_column)
+
+
+@dataclass
+class Parts:
+    """Attention over disjoint sets of rows, to be combined; all float32."""
+
+    output: torch.Tensor
+    """[B * KV, parts, G, d]"""
+    highest: torch.Tensor
+    """[B * KV, parts, G]"""
+    sums: torch.Tensor
+    """[B * KV, parts, G]"""
+
+    def cut(self, items: int, parts: int) -> "Parts":
+        """The same memory for other numbers of items and parts; at most as many together."""
+        group, head_size = self.output.shape[2:]
+        count = items * parts * group
+        return Parts(
+            self.output.view(-1)[: count * head_size].view(items, parts, group, head_size),
+            self.highest.view(-1)[:count].view(items, parts, group),
+            self.sums.view(-1)[:count].view(items, parts, group),
+        )
+
+
+def num_splits(items: int, places: int, multiprocessors: int) -> int:
+    """Programs per (request, KV head): enough to fill the device twice, none of them without a tile."""
+    return max(1, min(-(-2 * multiprocessors // max(items, 1)), -(-places // ROWS_PER_TILE)))
+
+
+def allocate_parts(requests: int, kv_heads: int, parts: int, group: int, head_size: int, device: torch.device) -> Parts:
+    """Memory for the parts of one step."""
+    shape = (requests * kv_heads, parts, group)
+    return Parts(*(torch.empty(*tail, device=device) for tail in ((*shape, head_size), shape, shape)))
+
+
+def attend_rows(
+    query: torch.Tensor,
+    base: torch.Tensor,
+    address: torch.Tensor,
+    scale: float,
+    parts: Parts,
+    first_part: int,
+    splits: int,
+    residual: torch.Tensor | None = None,
+    factors: FactorPages | None = None,
+    block_table: torch.Tensor | None = None,
+) -> None:
+    """Attend to rows and, if given, to the residual of pages; fills `splits` parts from `first_part` on.
+
+    Args:
+        query: [B, H, d].
+        base: memory of the rows, whose first element has address 0; the row's elements are of its dtype.
+        address: int64 [B, KV, R], bytes, multiples of 16; a row is its key followed by its value; negative: no row.
+        residual: float32 [B, H, P], see `Selection`; needs factors and block_table int32 [B, P].
+    """
+    requests, heads, head_size = query.shape
+    kv_heads, places = address.shape[1:]
+    group = heads // kv_heads
+    has_residual = residual is not None and factors is not None and block_table is not None
+    # Triton's interpreter multiplies the bits of bfloat16.
+    dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(base.dtype, tl.float32)
+    if IS_INTERPRETED:
+        dot = tl.float32
+    _attend_kernel[(requests * kv_heads, splits)](
+        query,
+        base,
+        address,
+        residual if has_residual else query,
+        factors.value_mean if factors is not None and has_residual else query,
+        block_table if has_residual else query,
+        parts.output,
+        parts.highest,
+        parts.sums,
+        scale * LOG2E,
+        query.stride(0),
+        query.stride(1),
+        *(factors.value_mean.stride()[:2] if factors is not None else (0, 0)),
+        block_table.stride(0) if block_table is not None else 0,
+        places,
+        residual.shape[2] if residual is not None else 0,
+        parts.output.shape[1],
+        first_part,
+        HAS_RESIDUAL=has_residual,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
+        HEAD_SIZE=head_size,
+        HEAD_BLOCK=max(16, triton.next_power_of_2(head_size)),
+        ROW_ITEM_BYTES=base.element_size(),
+        TILE=ROWS_PER_TILE,
+        DOT=dot,
+        num_warps=4,
+    )
+
+
+def combine(parts: Parts, output: torch.Tensor) -> None:
+    """Merge the parts into output [B, H, d]; a request without any row gets zeros."""
+    requests, heads, head_size = output.shape
+    _combine_kernel[(requests, heads)](
+        parts.output,
+        parts.highest,
+        parts.sums,
+        output,
+        output.stride(0),
+        output.stride(1),
+        parts.output.shape[1],
+        HEADS=heads,
+        GROUP=parts.output.shape[2],
+        HEAD_SIZE=head_size,
+        HEAD_BLOCK=max(16, triton.next_power_of_2(head_size)),
+        PARTS_BLOCK=triton.next_power_of_2(parts.output.shape[1]),
+    )
+
+
+def host_addresses(rows: torch.Tensor, block_table: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+    """Addresses of token positions in the host pages: int64 [B, KV, R], bytes; -1 where there is no row.
+
+    Args:
+        rows: int [B, KV, R], -1 for none.
+        host: [num_pages, KV, N, 2, d].
+    """
+    page_size = host.shape[2]
+    position = rows.long().clamp_min(0)
+    page = block_table.long().gather(1, (position // page_size).flatten(1)).view_as(position)
+    head = torch.arange(rows.shape[1], device=rows.device)[None, :, None]
+    element = page * host.stride(0) + head * host.stride(1) + position % page_size * host.stride(2)
+    return torch.where(rows >= 0, element * host.element_size(), -1)

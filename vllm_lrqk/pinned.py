@@ -1,0 +1,80 @@
+"""Host pages that a CUDA device reads and writes: CPU memory registered with CUDA in chunks.
+
+Registering in place, chunk by chunk, takes no second copy of the memory, lets a refusal say how far it came, and lets
+release give the rest up when its time is over: the operating system takes registered memory back with the process.
+"""
+
+import logging
+import time
+from typing import Any, Protocol
+
+import torch
+
+logger = logging.getLogger(__name__)
+CHUNK_BYTES = 4 << 30
+RELEASE_SECONDS = 10.0
+_REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped
+
+
+class Runtime(Protocol):
+    """The part of `torch.cuda.cudart()` that registers memory."""
+
+    def cudaHostRegister(self, pointer: int, num_bytes: int, flags: int) -> Any: ...
+    def cudaHostUnregister(self, pointer: int) -> Any: ...
+
+
+class PinnedMemory:
+    """Registers the memory of a CPU tensor for as long as this object is not released.
+
+    Args:
+        tensor: contiguous, in CPU memory.
+        runtime: `torch.cuda.cudart()`.
+
+    Raises:
+        RuntimeError: CUDA refuses a chunk; the chunks before it are given back.
+    """
+
+    def __init__(self, tensor: torch.Tensor, runtime: Runtime, chunk_bytes: int = CHUNK_BYTES) -> None:
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError("only contiguous tensors in CPU memory can be registered")
+        self.tensor = tensor
+        self._runtime = runtime
+        self._chunks: list[int] = []
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        for pointer in range(start, end, chunk_bytes):
+            error = int(runtime.cudaHostRegister(pointer, min(chunk_bytes, end - pointer), _REGISTER_FLAGS))
+            if error:
+                self.release()
+                raise RuntimeError(
+                    f"CUDA error {error}: {(pointer - start) / 2**30:.3g} of {tensor.nbytes / 2**30:.3g} GiB of host "
+                    "memory could be registered; lower lrqk.host_memory_gib or raise the limit of locked memory."
+                )
+            self._chunks.append(pointer)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that are registered now."""
+        return len(self._chunks)
+
+    def release(self, seconds: float = RELEASE_SECONDS) -> bool:
+        """Give the chunks back, for `seconds` at most; whether all of them are. Safe to call again."""
+        deadline = time.monotonic() + seconds
+        while self._chunks and time.monotonic() < deadline:
+            error = int(self._runtime.cudaHostUnregister(self._chunks.pop()))
+            if error:
+                logger.warning("CUDA error %d while giving back host memory.", error)
+        if self._chunks:
+            logger.warning("%d chunks of host memory are left to the end of the process.", len(self._chunks))
+        return not self._chunks
+
+
+def device_address(tensor: torch.Tensor, operators: Any) -> int:
+    """Where the device sees a registered tensor.
+
+    Raises:
+        RuntimeError: not where the host does, which the kernels rely on.
+    """
+    pointer = operators.cuda_device_pointer(tensor.data_ptr())
+    if pointer != tensor.data_ptr():
+        raise RuntimeError("this device does not see registered host memory at the host's addresses")
+    return pointer
