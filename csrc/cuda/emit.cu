@@ -50,7 +50,9 @@ __device__ inline float left_of_page(const SelectArgs& a, const Page& page, cons
       }
       const float top = warp_max(fmaxf(fmaxf(left[0], left[1]), fmaxf(left[2], left[3])));
       part = 0.0f;
-      if (top > -INFINITY) part = exp2f(left[0] - top) + exp2f(left[1] - top) + exp2f(left[2] - top) + exp2f(left[3] - top);
+      if (top > -INFINITY) {
+        for (int i = 0; i < 4; ++i) part += exp2f(left[i] - top);
+      }
       part = warp_sum(part);
       here = tile_max + top;
     }

@@ -8,8 +8,8 @@ namespace lrqk::cuda {
 // A 32-bit mark of a row and its page's generation, as HotCache._tag in vllm_lrqk/hot_cache.py.
 __device__ inline int tag_of(int64_t row, int64_t generation) {
   constexpr unsigned long long kMultiplier = 0x9E3779B1u;
-  const unsigned long long mixed =
-      (static_cast<unsigned long long>(generation) * kMultiplier + static_cast<unsigned long long>(row) + 1) * kMultiplier;
+  const unsigned long long place = static_cast<unsigned long long>(row) + 1;
+  const unsigned long long mixed = (static_cast<unsigned long long>(generation) * kMultiplier + place) * kMultiplier;
   return static_cast<int>(static_cast<unsigned>(mixed >> 8) - 0x80000000u);
 }
 
@@ -22,7 +22,8 @@ struct HotSlot {
 __device__ inline HotSlot hot_slot(const HotArgs& hot, const int* blocks, int kv_head, int slot) {
   const int in_block = slot % hot.slots_per_block;
   const int64_t block = blocks[slot / hot.slots_per_block] * hot.block_stride + kv_head * hot.head_stride;
-  int* row = reinterpret_cast<int*>(hot.data + block + static_cast<int64_t>(hot.slots_per_block) * hot.row_bytes) + in_block;
+  const int64_t rows_end = block + static_cast<int64_t>(hot.slots_per_block) * hot.row_bytes;
+  int* row = reinterpret_cast<int*>(hot.data + rows_end) + in_block;
   return {block + static_cast<int64_t>(in_block) * hot.row_bytes, row, row + hot.slots_per_block,
           row + 2 * hot.slots_per_block};
 }

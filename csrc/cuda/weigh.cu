@@ -16,7 +16,8 @@ __device__ inline void sum_weights(const SelectArgs& a, int64_t head, int positi
     const uint16_t* delta = a.scratch.delta + (head + g) * tokens + position;
     const uint4 words = *reinterpret_cast<const uint4*>(delta);
     const unsigned pair[4] = {words.x, words.y, words.z, words.w};
-    const float shift = a.scratch.tile_max[(head + g) * tiles + position / tile_tokens(a)] - a.scratch.log_sum[head + g];
+    const int64_t tile = (head + g) * tiles + position / tile_tokens(a);
+    const float shift = a.scratch.tile_max[tile] - a.scratch.log_sum[head + g];
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const unsigned bits = i % 2 == 0 ? pair[i / 2] & 0xffffu : pair[i / 2] >> 16;
