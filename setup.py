@@ -129,7 +129,8 @@ def say_missing(reason: str) -> None:
 
 
 missing = what_is_missing()
-if missing:
+# pip runs this file for the metadata as well: say it once.
+if missing and not {"egg_info", "dist_info"} & set(sys.argv):
     say_missing(missing)
 setup(
     ext_modules=[] if missing else [Extension(LIBRARY, list(SOURCES), optional=True)],
