@@ -12,6 +12,7 @@ from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.host_store import allocate_host_pages
 from vllm_lrqk.ops import Kernels
 from vllm_lrqk.page import FactorPages, PageFormat
 
@@ -40,9 +41,10 @@ class Layer:
 
     def clone(self) -> "Layer":
         factors = FactorPages(self.factors.raw.clone(), self.factors.format)
-        return Layer(
-            self.query, self.host.clone(), factors, self.cpu_attn_cache.clone(), self.block_table, self.seq_lens
-        )
+        pool, kv_heads, n, _, head_size = self.host.shape
+        host = allocate_host_pages(pool, kv_heads, n, head_size, self.host.dtype)
+        host.copy_(self.host)
+        return Layer(self.query, host, factors, self.cpu_attn_cache.clone(), self.block_table, self.seq_lens)
 
 
 def make_layer(
@@ -52,7 +54,7 @@ def make_layer(
     n = config.page_size
     num_pages = -(-length // n)
     pool = batch * num_pages
-    host = torch.empty(pool, KV_HEADS, n, 2, HEAD_SIZE, dtype=dtype)
+    host = allocate_host_pages(pool, KV_HEADS, n, HEAD_SIZE, dtype)
     page_format = PageFormat(n, HEAD_SIZE, config.rank, getattr(torch, config.factor_dtype))
     factors = FactorPages(torch.zeros(pool, KV_HEADS, page_format.page_bytes, dtype=torch.uint8), page_format)
     block_table = torch.randperm(pool, generator=generator).view(batch, num_pages).int()

@@ -1,5 +1,7 @@
 """The host tier: full-precision keys and values in CPU memory, page for page beside vLLM's block ids."""
 
+import ctypes
+import mmap
 import re
 from pathlib import Path
 
@@ -56,4 +58,17 @@ def allocate_host_pages(
 
     Keys are at index 0 of the fourth dimension and values at 1, so that a row's key and value are one run of bytes.
     """
-    return torch.empty(num_pages, kv_heads, page_size, 2, head_size, dtype=dtype)
+    pages = torch.empty(num_pages, kv_heads, page_size, 2, head_size, dtype=dtype)
+    _advise_huge_pages(pages)
+    return pages
+
+
+def _advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask the kernel for huge pages: decode steps read rows from all over the store, and would miss the TLB at each."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
