@@ -1,0 +1,1 @@
+"""Evaluation: the same prompts through dense attention and LRQK, and what differs."""

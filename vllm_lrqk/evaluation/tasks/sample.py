@@ -1,0 +1,88 @@
+"""What a task makes, and how its text is brought to a length in tokens."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_lrqk.evaluation.scorers import Scorer
+
+CountTokens = Callable[[str], int]
+MAX_COUNTS = 6  # texts that are tokenised to find one length
+TOKENS_PER_UNIT = 12  # the first guess
+
+
+@dataclass(frozen=True)
+class Question:
+    """`text` ends with the answer's prefix; `completion` continues it, from the leading space to the full stop."""
+
+    text: str
+    completion: str
+    answers: tuple[str, ...]
+
+    def max_tokens(self, count_tokens: CountTokens) -> int:
+        """Tokens that an answer may take: those of the completion and a quarter, or eight, more."""
+        tokens = count_tokens(self.completion)
+        return tokens + max(8, tokens // 4)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A text that can have any number of filler units, and the questions about it."""
+
+    context: Callable[[int], str]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """`draft(random, length, questions)` makes a text; where `turns` is false it has one question only."""
+
+    name: str
+    description: str
+    draft: Callable[[random.Random, int, int], Draft]
+    scorer: Scorer
+    turns: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt of at most the asked length less `max_tokens`, and what must follow it."""
+
+    prompt: str
+    completion: str
+    answers: tuple[str, ...]
+    max_tokens: int
+    scorer: Scorer
+
+    def score(self, output: str) -> float:
+        """The task's score of a model's output, 0 to 1."""
+        return self.scorer(output, self.answers)
+
+
+def fit(context: Callable[[int], str], tokens: int, count_tokens: CountTokens) -> str:
+    """The longest text found with at most `tokens` tokens, by interpolation over the number of filler units.
+
+    Raises ValueError if the text without filler is longer.
+    """
+    best = context(0)
+    low, low_tokens = 0, count_tokens(best)
+    if low_tokens > tokens:
+        raise ValueError(f"{low_tokens - tokens} tokens too short")
+    high: int | None = None
+    guess = (tokens - low_tokens) // TOKENS_PER_UNIT
+    for attempt in range(1, MAX_COUNTS):
+        if guess <= low:
+            break
+        text = context(guess)
+        found = count_tokens(text)
+        per_unit = max((found - low_tokens) / (guess - low), 1e-6)
+        wanted = (tokens - low_tokens) / per_unit * (1 - 0.002 * attempt)
+        if found <= tokens:
+            best, wanted = text, wanted - (guess - low)
+            low, low_tokens = guess, found
+        else:
+            high = guess
+        guess = low + int(wanted)
+        if high is not None:
+            guess = min(guess, high - 1)
+    return best
