@@ -6,28 +6,51 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
+// Weights of the W tokens at `words`, summed over the heads; with kPairs > 0, `pairs` is kPairs.
+template <int kPairs>
+inline F group_weight(const uint32_t* words, int pairs, const F* factors) {
+  F total = zero();
+  LRQK_UNROLL
+  for (int pair = 0; pair < (kPairs ? kPairs : pairs); ++pair) {
+    const I both = load_words(words + pair * W);
+    total = fma(high_bf16(both), factors[2 * pair], total);
+    total = fma(low_bf16(both), factors[2 * pair + 1], total);
+  }
+  return total;
+}
+
+// group_weight and peaks of a page of candidates.
+template <int kPairs>
+inline void weigh_candidates(const uint32_t* words, int pairs, const F* factors, int64_t n, int64_t peak_span,
+                             float* out, float* peaks) {
+  for (int64_t i = 0; i < n; i += peak_span * W, peaks += W) {
+    F top = zero();
+    for (int64_t k = 0; k < peak_span; ++k) {
+      const F total = group_weight<kPairs>(words + (i + k * W) * pairs, pairs, factors);
+      store(out + i + k * W, total);
+      top = max(top, total);
+    }
+    store(peaks, top);
+  }
+}
+
 // group_weight and peaks of the pages of one range.
 inline void weigh_range(const DecodeArgs& a, Item& item, int64_t range) {
   const int64_t group = a.heads / a.kv_heads, n = a.page_size;
   const int64_t stop = smaller(item.num_pages, (range + 1) * item.range_pages);
+  const auto run = item.pairs == 1 ? weigh_candidates<1> : item.pairs == 2 ? weigh_candidates<2> : weigh_candidates<0>;
   for (int64_t p = range * item.range_pages; p < stop; ++p) {
     float* out = item.group_weight + p * n;
-    float factors[kMaxGroup + 1];
-    for (int64_t g = 0; g < group; ++g) factors[g] = item.coefficient[g * item.pages + p];
-    factors[group] = 0.0f;
-    const uint32_t* weights = item.weights + p * n * item.pairs;
-    for (int64_t i = 0; p >= item.first_page && i < n; i += W) {
-      F total = zero();
-      for (int pair = 0; pair < item.pairs; ++pair, weights += W) {
-        const I both = load_words(weights);
-        total = fma(high_bf16(both), set1(factors[2 * pair]), total);
-        total = fma(low_bf16(both), set1(factors[2 * pair + 1]), total);
-      }
-      store(out + i, total);
+    float* peaks = item.peaks + p * n / item.peak_span;
+    F factors[kMaxGroup + 1];
+    for (int64_t g = 0; g < group; ++g) factors[g] = set1(item.coefficient[g * item.pages + p]);
+    factors[group] = zero();
+    if (p >= item.first_page) {
+      run(item.weights + p * n * item.pairs, item.pairs, factors, n, item.peak_span, out, peaks);
     }
     const Span span = candidates_of(a, item, p);
+    if (span.covers(n)) continue;
     for_others(span, n, [&](int64_t i) { out[i] = -1.0f; });
-    float* peaks = item.peaks + p * n / item.peak_span;
     for (int64_t i = 0; i < n; i += item.peak_span * W, peaks += W) {
       F top = load(out + i);
       for (int64_t k = 1; k < item.peak_span; ++k) top = max(top, load(out + i + k * W));

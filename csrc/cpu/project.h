@@ -55,51 +55,53 @@ struct Projected {
 };
 
 // Fetches the lines of the next page, a few at a time between other work: all at once they would block each other.
+// Projecting and scoring a page make rank + page_size rank / (8 W) steps at least, which is more than its lines / 3.
 class Fetcher {
  public:
-  Fetcher(const uint8_t* data, int64_t bytes, int64_t steps)
-      : at_(data), lines_(data ? ceil_div(bytes, 64) : 0), rate_(data ? ceil_div(lines_, steps) : 0) {}
+  Fetcher(const uint8_t* data, int64_t bytes) : at_(data), end_(data ? data + bytes : data) {}
   void step() {
-    for (int64_t i = 0; i < rate_; ++i) __builtin_prefetch(at_ + i * 64);
-    at_ += rate_ * 64;
-    lines_ -= rate_;
-    if (lines_ <= 0) rate_ = 0;
+    if (at_ >= end_) return;
+    for (int i = 0; i < 3; ++i) __builtin_prefetch(at_ + i * 64);
+    at_ += 3 * 64;
   }
 
  private:
-  const uint8_t* at_;
-  int64_t lines_, rate_;
+  const uint8_t *at_, *end_;
 };
 
-// Sums of the products of one row of X with B heads' words; with kBlocks > 0, head_size is 2 W kBlocks.
-template <int B, int kBlocks>
-inline void dot_row(const int8_t* x, const int16_t* q, int64_t head_size, I* sums) {
-  const int64_t blocks = kBlocks ? kBlocks : head_size / (2 * W), size = blocks * 2 * W;
-  LRQK_UNROLL
-  for (int64_t i = 0; i < blocks; ++i) {
-    const I wide = widen_bytes(x + i * 2 * W);
-    LRQK_UNROLL
-    for (int g = 0; g < B; ++g) sums[g] = dot(sums[g], wide, load_words(q + g * size + i * 2 * W));
-  }
-}
-
-// z of ranks first ... first + W - 1, zero past the rank, with int8 factors.
+// z of ranks first ... first + W - 1, zero past the rank, with int8 factors; with kBlocks > 0, head_size is
+// 2 W kBlocks.
 template <int B, int kBlocks>
 inline void project_int8(const FactorPage& page, const ProxyQuery& query, int g0, int64_t head_size, int first,
                          int count, Fetcher& fetcher, F* z) {
   I acc[B][W];
   const int8_t* x = static_cast<const int8_t*>(page.projection()) + first * head_size;
   const int16_t* q = query.words + g0 * head_size;
-  for (int j = 0; j < W; ++j) {
+  const int64_t blocks = kBlocks ? kBlocks : head_size / (2 * W);
+  constexpr bool kFitsRegisters = kBlocks > 0 && B * kBlocks <= 16;
+  I words[B][kFitsRegisters ? kBlocks : 1];
+  LRQK_UNROLL
+  for (int i = 0; i < B * kBlocks && kFitsRegisters; ++i) {
+    words[i % B][i / B] = load_words(q + (i % B) * head_size + i / B * 2 * W);
+  }
+  for (int j = 0; j < count; ++j) {
     I sums[B];
     LRQK_UNROLL
     for (int g = 0; g < B; ++g) sums[g] = int_zero();
-    if (j < count) {
-      fetcher.step();
-      dot_row<B, kBlocks>(x + j * head_size, q, head_size, sums);
+    fetcher.step();
+    LRQK_UNROLL
+    for (int64_t i = 0; i < blocks; ++i) {
+      const I wide = widen_bytes(x + j * head_size + i * 2 * W);
+      LRQK_UNROLL
+      for (int g = 0; g < B; ++g) {
+        sums[g] = dot(sums[g], wide, kFitsRegisters ? words[g][i] : load_words(q + g * head_size + i * 2 * W));
+      }
     }
     LRQK_UNROLL
     for (int g = 0; g < B; ++g) acc[g][j] = sums[g];
+  }
+  for (int j = count; j < W; ++j) {
+    for (int g = 0; g < B; ++g) acc[g][j] = int_zero();
   }
   LRQK_UNROLL
   for (int g = 0; g < B; ++g) z[g] = mul(to_float(sum_each(acc[g])), set1(query.unit[g0 + g]));

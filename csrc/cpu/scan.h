@@ -40,15 +40,15 @@ struct Running {
 // them to the heads' totals. On an edge, `valid` holds 1 for candidates and 0 for others.
 template <int B, int V, bool kIsInt8, bool kIsEdge>
 inline void weigh_vectors(const FactorPage& page, const Projected& z, int pairs, int g0, int64_t page_size, int64_t n,
-                          const F* reference, const float* valid, Fetcher& fetcher, uint32_t* weights, F* total) {
+                          const F* offset, const float* valid, Fetcher& fetcher, uint32_t* weights, F* total) {
   F scores[V][B];
-  score_vectors<B, V, kIsInt8>(page, z, g0, page_size, n, fetcher, scores);
+  score_vectors<B, V, kIsInt8>(page, z, g0, page_size, n, offset, fetcher, scores);
   LRQK_UNROLL
   for (int v = 0; v < V; ++v) {
     F weight[B];
     LRQK_UNROLL
     for (int g = 0; g < B; ++g) {
-      weight[g] = round_to_bf16(exp2(sub(scores[v][g], reference[g])));
+      weight[g] = round_to_bf16(exp2_rough(scores[v][g]));
       if (kIsEdge) weight[g] = mul(weight[g], load(valid + n + v * W));
       total[g] = add(total[g], weight[g]);
     }
@@ -64,19 +64,19 @@ inline void weigh_page(const FactorPage& page, const Projected& z, int pairs, in
                        const float* reference, const float* valid, Fetcher& fetcher, uint32_t* weights,
                        float* totals) {
   constexpr int V = kVectorsTogether;
-  F references[B], total[B];
+  F offset[B], total[B];
   for (int g = 0; g < B; ++g) {
-    references[g] = set1(reference[g]);
+    offset[g] = set1(-reference[g]);
     total[g] = zero();
   }
   weights += g0 / 2 * W;
   int64_t n = 0;
   for (; n + V * W <= page_size; n += V * W) {
-    weigh_vectors<B, V, kIsInt8, kIsEdge>(page, z, pairs, g0, page_size, n, references, valid, fetcher,
+    weigh_vectors<B, V, kIsInt8, kIsEdge>(page, z, pairs, g0, page_size, n, offset, valid, fetcher,
                                           weights + n * pairs, total);
   }
   for (; n < page_size; n += W) {
-    weigh_vectors<B, 1, kIsInt8, kIsEdge>(page, z, pairs, g0, page_size, n, references, valid, fetcher,
+    weigh_vectors<B, 1, kIsInt8, kIsEdge>(page, z, pairs, g0, page_size, n, offset, valid, fetcher,
                                           weights + n * pairs, total);
   }
   for (int g = 0; g < B; ++g) totals[g] = sum(total[g]);
@@ -85,11 +85,14 @@ inline void weigh_page(const FactorPage& page, const Projected& z, int pairs, in
 template <int B, bool kIsInt8>
 inline void highest_scores(const FactorPage& page, const Projected& z, int g0, int64_t page_size, const float* valid,
                            float* highest) {
-  F top[B], scores[1][B];
-  Fetcher idle(nullptr, 0, 1);
-  for (int g = 0; g < B; ++g) top[g] = set1(kMasked);
+  F top[B], scores[1][B], offset[B];
+  Fetcher idle(nullptr, 0);
+  for (int g = 0; g < B; ++g) {
+    top[g] = set1(kMasked);
+    offset[g] = zero();
+  }
   for (int64_t n = 0; n < page_size; n += W) {
-    score_vectors<B, 1, kIsInt8>(page, z, g0, page_size, n, idle, scores);
+    score_vectors<B, 1, kIsInt8>(page, z, g0, page_size, n, offset, idle, scores);
     for (int g = 0; g < B; ++g) {
       const F score = valid ? choose(load(valid + n), set1(0.5f), scores[0][g], set1(kMasked)) : scores[0][g];
       top[g] = max(top[g], score);
@@ -105,7 +108,7 @@ inline void scan_page(const DecodeArgs& a, Item& item, int64_t p, int64_t range,
   const bool is_int8 = a.layout.is_int8;
   const FactorPage page = factor_page(a, item, p);
   const Projected z = projected(a, item, range);
-  Fetcher fetcher(next, a.layout.value_mean_offset, fetch_steps(a.layout, n, kVectorsTogether));
+  Fetcher fetcher(next, a.layout.value_mean_offset);
   for_head_blocks(group, [&](auto block, int g) {
     project<decltype(block)::value>(page, item.proxy_query, g, a.head_size, fetcher, z);
   });

@@ -1,4 +1,4 @@
-// Proxy scores of a page's tokens: s~_n = sum_j z_j A_nj.
+// Proxy scores of a page's tokens, s~_n = sum_j z_j A_nj, each plus an offset of its head.
 #pragma once
 
 #include "project.h"
@@ -9,7 +9,7 @@ namespace LRQK_ISA {
 // Scores of the V vectors of tokens from n on, for B heads, with int8 factors.
 template <int B, int V>
 inline void score_int8(const FactorPage& page, const Projected& z, int g0, int64_t page_size, int64_t n,
-                       Fetcher& fetcher, F (*scores)[B]) {
+                       const F* offset, Fetcher& fetcher, F (*scores)[B]) {
   const int32_t* words[B];
   I acc[V][B];
   LRQK_UNROLL
@@ -37,19 +37,19 @@ inline void score_int8(const FactorPage& page, const Projected& z, int g0, int64
   LRQK_UNROLL
   for (int v = 0; v < V; ++v) {
     LRQK_UNROLL
-    for (int g = 0; g < B; ++g) scores[v][g] = mul(to_float(acc[v][g]), set1(z.unit[g0 + g]));
+    for (int g = 0; g < B; ++g) scores[v][g] = fma(to_float(acc[v][g]), set1(z.unit[g0 + g]), offset[g]);
   }
 }
 
 // The same with bfloat16 factors.
 template <int B, int V>
 inline void score_bf16(const FactorPage& page, const Projected& z, int g0, int64_t page_size, int64_t n,
-                       Fetcher& fetcher, F (*scores)[B]) {
+                       const F* offset, Fetcher& fetcher, F (*scores)[B]) {
   const bf16* data = reinterpret_cast<const bf16*>(page.data);
   LRQK_UNROLL
   for (int v = 0; v < V; ++v) {
     LRQK_UNROLL
-    for (int g = 0; g < B; ++g) scores[v][g] = zero();
+    for (int g = 0; g < B; ++g) scores[v][g] = offset[g];
   }
   for (int j = 0; j < page.layout->rank; j += 2) {
     fetcher.step();
@@ -68,18 +68,12 @@ inline void score_bf16(const FactorPage& page, const Projected& z, int g0, int64
 
 template <int B, int V, bool kIsInt8>
 inline void score_vectors(const FactorPage& page, const Projected& z, int g0, int64_t page_size, int64_t n,
-                          Fetcher& fetcher, F (*scores)[B]) {
+                          const F* offset, Fetcher& fetcher, F (*scores)[B]) {
   if constexpr (kIsInt8) {
-    score_int8<B, V>(page, z, g0, page_size, n, fetcher, scores);
+    score_int8<B, V>(page, z, g0, page_size, n, offset, fetcher, scores);
   } else {
-    score_bf16<B, V>(page, z, g0, page_size, n, fetcher, scores);
+    score_bf16<B, V>(page, z, g0, page_size, n, offset, fetcher, scores);
   }
-}
-
-// Steps that projecting and scoring a page give a Fetcher, for one block of heads.
-inline int64_t fetch_steps(const PageLayout& layout, int64_t page_size, int vectors_together) {
-  const int64_t blocks = ceil_div(page_size, W * vectors_together);
-  return layout.rank + blocks * layout.rank / (layout.is_int8 ? 4 : 2);
 }
 
 constexpr int kVectorsTogether = 2;  // they share the loads of the query's words

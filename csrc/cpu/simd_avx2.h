@@ -114,6 +114,19 @@ inline F exp2(F a) {
   return mul(p, _mm256_castsi256_ps(power));
 }
 
+// The same to 1e-4, for what is rounded to bfloat16 afterwards.
+inline F exp2_rough(F a) {
+  a = max(a, set1(-127.0f));
+  const F n = _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const F f = sub(a, n);
+  F p = set1(5.5171376e-2f);
+  p = fma(p, f, set1(2.4261121e-1f));
+  p = fma(p, f, set1(6.9326103e-1f));
+  p = fma(p, f, set1(9.9992807e-1f));
+  const I power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return mul(p, _mm256_castsi256_ps(power));
+}
+
 inline I int_zero() { return _mm256_setzero_si256(); }
 inline I int_set1(int32_t x) { return _mm256_set1_epi32(x); }
 inline I max(I a, I b) { return _mm256_max_epi32(a, b); }

@@ -103,6 +103,16 @@ inline F exp2(F a) {
   return _mm512_scalef_ps(p, a);  // floors its exponent
 }
 
+// The same to 1e-4, for what is rounded to bfloat16 afterwards.
+inline F exp2_rough(F a) {
+  const F f = _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  F p = set1(7.8024108e-2f);
+  p = fma(p, f, set1(2.2606790e-1f));
+  p = fma(p, f, set1(6.9583317e-1f));
+  p = fma(p, f, set1(9.9992526e-1f));
+  return _mm512_scalef_ps(p, a);
+}
+
 inline I int_zero() { return _mm512_setzero_si512(); }
 inline I int_set1(int32_t x) { return _mm512_set1_epi32(x); }
 inline I max(I a, I b) { return _mm512_max_epi32(a, b); }

@@ -137,6 +137,18 @@ inline F exp2(F a) {
   return p * from_bits((n + 127) << 23);
 }
 
+// The same to 1e-4, for what is rounded to bfloat16 afterwards.
+inline F exp2_rough(F a) {
+  a = max(a, set1(-127.0f));
+  const I n = round_to_int(a);
+  const F f = a - to_float(n);
+  F p = set1(5.5171376e-2f);
+  p = p * f + 2.4261121e-1f;
+  p = p * f + 6.9326103e-1f;
+  p = p * f + 9.9992807e-1f;
+  return p * from_bits((n + 127) << 23);
+}
+
 inline I int_zero() { return I{}; }
 inline I load_words(const void* p) { return load_bytes<I>(p); }
 inline I int_set1(int32_t x) { return splat(x); }
