@@ -44,7 +44,7 @@ def test_the_answers_are_in_the_text(task, length, seed, count_tokens):
         assert re.search(rf"\b{answer}\b", sample.prompt)
     assert sample.completion.startswith(" ") and sample.completion.endswith(".")
     assert sample.score(sample.completion) == 1
-    assert sample.score(" I know nothing of this kind.") == 0
+    assert sample.score(" Nobody ever told me.") == 0
 
 
 @given(**cases)

@@ -46,9 +46,7 @@ def _run(words: list[str]) -> None:
     prompts = make_prompts(parsed, Tokens(tokenizer, parsed.decode_question), context)
     settings = engine_settings(parsed, config, prompts)
     store = Store(parsed.output, identity(parsed, compared))
-    evaluate(parsed, compared, prompts, store, settings)
-
-    found = rows(store.records.values())
+    found = rows(evaluate(parsed, compared, prompts, store, settings))
     console = Console()
     console.width = console.width if console.is_terminal else WIDTH
     console.print(table(found))

@@ -87,6 +87,7 @@ def _serve(connection: Any, settings: dict[str, Any], is_lrqk: bool, log: str) -
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
     try:
         llm = _start(settings, is_lrqk)

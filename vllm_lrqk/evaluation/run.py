@@ -1,6 +1,7 @@
 """From a checked command line to records: engines one after the other, each asked what is still missing."""
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,8 +72,7 @@ def identity(arguments: argparse.Namespace, configurations: list[Configuration])
 
 
 def json_text(value: Any) -> str:
-    import json
-
+    """The same text for equal values."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -82,8 +82,8 @@ def evaluate(
     prompts: list[Prompt],
     store: Store,
     engine_settings: Callable[[dict[str, Any] | None], dict[str, Any]],
-) -> None:
-    """Answer all prompts under all configurations that `store` has no record of."""
+) -> list[Record]:
+    """Answer what `store` has no record of; the records of all prompts under all configurations."""
     total = len(prompts) * len(configurations)
     done = sum(_key(c, prompt) in store.records for c in configurations for prompt in prompts)
     with tqdm(total=total, initial=done, desc="evaluating", unit="prompt") as bar:
@@ -100,6 +100,7 @@ def evaluate(
                         bar.update(len(batch))
                 finally:
                     engine.close()
+    return [store.records[_key(configuration, prompt)] for configuration in configurations for prompt in prompts]
 
 
 def _key(configuration: Configuration, prompt: Prompt) -> tuple[str, str, int, int, int]:
