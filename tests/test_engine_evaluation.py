@@ -111,5 +111,5 @@ def test_goes_on_without_an_engine(command, monkeypatch):
 def test_vllm_refusals_are_passed_on(needle_folder, tmp_path):
     arguments = [str(needle_folder), "--tasks", "needle", "--lengths", "256", "--samples", "1"]
     arguments += ["--engine", '{"block_size": 32, "attention_backend": "LRQK"}', "--output", str(tmp_path)]
-    with pytest.raises(SystemExit, match="--block-size is 32, but lrqk.page_size is 256"):
+    with pytest.raises(SystemExit, match=r"--block-size is 32, but lrqk\.page_size is 256"):
         main(arguments)

@@ -73,12 +73,8 @@ def test_rows_pair_the_same_samples():
 
 def test_rows_for_all_tasks_leave_perplexity_out():
     tasks = {"qa": 1.0, "copy": 0.5, "perplexity text": 3.0}
-    records = [
-        record(name, task, seed=s, score=score)
-        for name in ("dense", "x")
-        for task, score in tasks.items()
-        for s in (0, 1)
-    ]
+    cases = [(name, task, seed) for name in ("dense", "x") for task in tasks for seed in (0, 1)]
+    records = [record(name, task, seed=seed, score=tasks[task]) for name, task, seed in cases]
     last = rows(records)[-2:]
     assert [(row.task, row.value, row.samples) for row in last] == [(ALL_TASKS, 0.75, 4)] * 2
     assert rows(records[:2])[-1].task == "qa"
