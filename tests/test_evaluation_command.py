@@ -57,6 +57,16 @@ def test_an_unknown_model_is_one_sentence(tmp_path):
         main(["nowhere/at-all", "--tasks", "needle", "--output", str(tmp_path)])
 
 
+def test_without_a_model_the_shipped_one_is_taken(monkeypatch, needle_folder, tmp_path):
+    monkeypatch.setattr("vllm_lrqk.evaluation.arguments.SHIPPED_MODEL", needle_folder)
+    arguments = make_parser().parse_args([])
+    check(arguments)
+    assert arguments.model == str(needle_folder)
+    monkeypatch.setattr("vllm_lrqk.evaluation.arguments.SHIPPED_MODEL", tmp_path)
+    with pytest.raises(SystemExit, match="MODEL is missing"):
+        main([])
+
+
 def test_the_script_knows_one_command():
     result = subprocess.run([sys.executable, "-m", "vllm_lrqk.eval", "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and "--perplexity" in result.stdout
