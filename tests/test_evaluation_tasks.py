@@ -69,6 +69,7 @@ def test_few_texts_are_tokenised():
 
 
 @given(seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=30)
 def test_other_answers_score_less(seed):
     """A scorer that accepts any output of the right form would not notice anything."""
     for task in TASKS:
