@@ -44,7 +44,7 @@ def test_the_answers_are_in_the_text(task, length, seed, count_tokens):
         assert re.search(rf"\b{answer}\b", sample.prompt)
     assert sample.completion.startswith(" ") and sample.completion.endswith(".")
     assert sample.score(sample.completion) == 1
-    assert sample.score(" I know nothing of this kind.") == 0
+    assert sample.score(" Nobody ever told me.") == 0
 
 
 @given(**cases)
@@ -69,6 +69,7 @@ def test_few_texts_are_tokenised():
 
 
 @given(seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=30)
 def test_other_answers_score_less(seed):
     """A scorer that accepts any output of the right form would not notice anything."""
     for task in TASKS:

@@ -1,6 +1,7 @@
 """Scores of an output against its accepted answers: functions (output, answers) -> float in 0..1."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 Scorer = Callable[[str, Sequence[str]], float]
@@ -39,3 +40,37 @@ def words_in_order(output: str, answers: Sequence[str]) -> float:
     """Share of the only answer's words that the output has in their order."""
     expected = answers[0].split()
     return longest_common_subsequence(expected, output.replace(".", " ").split()) / len(expected)
+
+
+def token_f1(output: str, answers: Sequence[str]) -> float:
+    """Best F1 of the bags of words (SQuAD; LongBench's qa_f1_score)."""
+    return max(_f1(words_of(output), words_of(answer), _common) for answer in answers)
+
+
+def rouge_l(output: str, answers: Sequence[str]) -> float:
+    """Best F1 of the longest common subsequence of words (ROUGE-L, Lin 2004; as LongBench uses it)."""
+    return max(_f1(words_of(output), words_of(answer), longest_common_subsequence) for answer in answers)
+
+
+def exact_match(output: str, answers: Sequence[str]) -> float:
+    """1 if the output's first line is an answer, word by word."""
+    first_line = (output.strip().splitlines() or [""])[0]
+    return float(any(words_of(first_line) == words_of(answer) for answer in answers))
+
+
+def classification(output: str, answers: Sequence[str], classes: Sequence[str]) -> float:
+    """1 over the number of classes that the output names, if the right one is among them (LongBench).
+
+    Classes that are part of an answer, such as "place" of "place of birth", are not counted.
+    """
+    named = [name for name in classes if name in output and not any(name in a and name != a for a in answers)]
+    return 1 / len(named) if any(answer in named for answer in answers) else 0.0
+
+
+def _common(first: list[str], second: list[str]) -> int:
+    return sum((Counter(first) & Counter(second)).values())
+
+
+def _f1(output: list[str], answer: list[str], overlap: Callable[[list[str], list[str]], int]) -> float:
+    shared = overlap(output, answer)
+    return 2 * shared / (len(output) + len(answer)) if shared else 0.0

@@ -57,7 +57,14 @@ def make_conversation(task: str, length: int, count_tokens: CountTokens, seed: i
         raise ValueError(message) from error
     context = prompt.removesuffix(asked[-1])
     return [
-        Sample(context + said, question.completion, question.answers, question.max_tokens(count_tokens), chosen.scorer)
+        Sample(
+            prompt=context + said,
+            question=question.text,
+            completion=question.completion,
+            answers=question.answers,
+            max_tokens=question.max_tokens(count_tokens),
+            scorer=chosen.scorer,
+        )
         for said, question in zip(asked, draft.questions)
     ]
 

@@ -46,9 +46,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt of at most the asked length less `max_tokens`, and what must follow it."""
+    """A prompt of at most the asked length less `max_tokens`, and what must follow it; `question` ends the prompt."""
 
     prompt: str
+    question: str
     completion: str
     answers: tuple[str, ...]
     max_tokens: int
