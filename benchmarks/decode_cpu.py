@@ -103,7 +103,7 @@ def save_plot(records: list[dict], path: Path) -> None:
     try:
         from matplotlib import pyplot
     except ImportError:
-        print("no plot: matplotlib is missing (pip install vllm-lrqk[bench])", file=sys.stderr)
+        print("no plot: matplotlib is missing (pip install vllm-lrqk[eval])", file=sys.stderr)
         return
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for batch in sorted({record["batch"] for record in records}):
