@@ -26,6 +26,8 @@ class LRQKConfig:
     """Tokens per page (vLLM's block size)."""
     top_k: int = field(default=2048, metadata={"minimum": 1})
     """Tokens selected per KV head and decode step."""
+    top_p: float = field(default=1.0, metadata={"above": 0.0, "maximum": 1.0})
+    """Of these only as many as carry this share of the candidates' summed proxy weight; 1: all of them."""
     recent_tokens: int = field(default=64, metadata={"minimum": 1})
     """Latest tokens that are always attended exactly (the current one included)."""
     sink_tokens: int = field(default=4, metadata={"minimum": 0})
@@ -113,5 +115,7 @@ def _check_field(name: str, value: Any, declared: Any, rule: Any) -> None:
         raise ConfigError(f"lrqk.{name} is {value}, but must be {rule['minimum']} or more.")
     if "above" in rule and not value > rule["above"]:
         raise ConfigError(f"lrqk.{name} is {value}, but must be above {rule['above']:g}.")
+    if "maximum" in rule and value > rule["maximum"]:
+        raise ConfigError(f"lrqk.{name} is {value}, but must be {rule['maximum']:g} or less.")
     if "multiple_of" in rule and value % rule["multiple_of"]:
         raise ConfigError(f"lrqk.{name} is {value}, but must be a multiple of {rule['multiple_of']}.")

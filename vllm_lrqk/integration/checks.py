@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm_lrqk.config import ConfigError, LRQKConfig
+from vllm_lrqk.ops.cuda_select import check_config
 
 
 def check_model(vllm_config: Any, config: LRQKConfig) -> None:
@@ -44,6 +45,8 @@ def check_model(vllm_config: Any, config: LRQKConfig) -> None:
         raise ConfigError(
             f"lrqk.rank is {config.rank}, but must be at most the head size of {name}, {model.get_head_size()}."
         )
+    if vllm_config.device_config.device_type != "cpu":
+        check_config(config)
     _check_engine(vllm_config, parallel)
 
 
