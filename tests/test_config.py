@@ -19,6 +19,8 @@ BAD_VALUES = {
     "lambda_k": [0, -1.0, float("nan"), float("inf"), "1", True],
     "hot_cache": ["on", 1, None],
     "hot_rows": [0, 10, 1.5, True],
+    "capture": ["", 1, True],
+    "capture_tokens": [0, 1.5, True, None],
     "host_memory_gib": [0, -4, float("nan"), float("inf"), "8", True],
 }
 GOOD_VALUES = {
@@ -36,6 +38,8 @@ GOOD_VALUES = {
     "lambda_k": [1, 0.5],
     "hot_cache": ["auto", True, False],
     "hot_rows": [None, 2048 + 64 + 4 + 256],
+    "capture": [None, "folder"],
+    "capture_tokens": [1],
     "host_memory_gib": [None, 1, 0.5],
 }
 

@@ -1,0 +1,1 @@
+"""What LRQK costs in quality."""
