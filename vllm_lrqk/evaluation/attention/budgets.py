@@ -10,7 +10,7 @@ after the index so gives the rows of a step, and they less those that are always
 at the end of the run. Bookkeeping of some bytes per row or page is left out for all methods. Not so:
 
 - published: everything is per query head, keys and values of a group repeated; the cache is the working set of top_k
-  and recent rows, without the quarter. Its rank is the largest of 32, 16, 8, 4 whose factors take at most half.
+  and recent rows, without the quarter. Its rank is the largest of 32, 16, 8, 4 whose factors take at most half, or 4.
 - window: the rows of a step are the cache.
 - oracle: its scores are those of dense attention and cost nothing. It is a bound, not a method.
 """
@@ -102,14 +102,11 @@ def plan_pages(shape: Shape, budget: int, settings: Settings) -> Plan | None:
 def plan_published(shape: Shape, budget: int, settings: Settings) -> Plan | None:
     """A_K [tokens, r], B_Q and B_K [r, d], and the working set, for each query head."""
     unit = shape.heads * shape.item_bytes
-    for rank in PUBLISHED_RANKS:
-        factors = unit * (shape.tokens * rank + 2 * rank * shape.head_size)
-        if factors > budget // 2:
-            continue
-        rows = min((budget - factors) // (unit * 2 * shape.head_size), shape.prompt_tokens)
-        top_k = rows - settings.recent_tokens
-        return Plan(top_k, rows, factors + rows * unit * 2 * shape.head_size, rank) if top_k > 0 else None
-    return None
+    sizes = {rank: unit * (shape.tokens * rank + 2 * rank * shape.head_size) for rank in PUBLISHED_RANKS}
+    rank = next((rank for rank, factors in sizes.items() if factors <= budget // 2), PUBLISHED_RANKS[-1])
+    rows = min((budget - sizes[rank]) // (unit * 2 * shape.head_size), shape.prompt_tokens)
+    top_k = rows - settings.recent_tokens
+    return Plan(top_k, rows, sizes[rank] + rows * unit * 2 * shape.head_size, rank) if top_k > 0 else None
 
 
 def plan_quest(shape: Shape, budget: int, settings: Settings) -> Plan | None:
