@@ -1,1 +1,1 @@
-"""What LRQK costs in quality."""
+"""Evaluation: the same prompts through dense attention and LRQK, and what differs."""

@@ -18,7 +18,8 @@ from vllm_lrqk.evaluation.attention import report
 from vllm_lrqk.evaluation.attention.budgets import Settings
 from vllm_lrqk.evaluation.attention.measures import Result, evaluate
 from vllm_lrqk.evaluation.attention.methods import METHODS
-from vllm_lrqk.evaluation.attention.sources import EvaluationError, Source, load_source
+from vllm_lrqk.evaluation.attention.sources import Source, load_source
+from vllm_lrqk.evaluation.errors import EvaluationError
 
 DEFAULTS = Settings()
 

@@ -85,7 +85,7 @@ def plot(folder: Path, results: list[Result]) -> list[Path]:
     try:
         from matplotlib import pyplot
     except ImportError:
-        print("no plots: matplotlib is missing (pip install vllm-lrqk[bench])", file=sys.stderr)
+        print("no plots: matplotlib is missing (pip install vllm-lrqk[eval])", file=sys.stderr)
         return []
     paths = [folder / "error_over_bytes.png"]
     sources = list(dict.fromkeys(result.source for result in results))

@@ -6,10 +6,7 @@ from pathlib import Path
 from vllm_lrqk.capture import read_capture
 from vllm_lrqk.evaluation.attention.generator import SETS, generate
 from vllm_lrqk.evaluation.attention.qkv import QKV
-
-
-class EvaluationError(ValueError):
-    """Something that cannot be evaluated; the message is one sentence."""
+from vllm_lrqk.evaluation.errors import EvaluationError
 
 
 @dataclass(frozen=True)
