@@ -122,6 +122,13 @@ def test_missing_bytes_are_noticed(tmp_path):
         read_capture(tmp_path)
 
 
+def test_a_header_alone_is_noticed(tmp_path):
+    capture_of(tmp_path)
+    (tmp_path / "request-0000" / "b.rows").unlink()
+    with pytest.raises(CaptureError, match=r"b\.json has no tokens beside it: capture again\.$"):
+        read_capture(tmp_path)
+
+
 def test_missing_steps_are_noticed(tmp_path):
     capture_of(tmp_path)
     (tmp_path / "request-0000" / "a.steps").write_text("prefill 64 5\n")

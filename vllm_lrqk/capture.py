@@ -140,22 +140,22 @@ def read_capture(folder: Path) -> list[CapturedLayer]:
 
 def _read_layer(header: Path) -> CapturedLayer:
     shape = LayerShape(**json.loads(header.read_text()))
+    steps, row_file = header.with_suffix(".steps"), header.with_suffix(".rows")
+    if not steps.exists() or not row_file.exists():
+        raise CaptureError(f"{header} has no tokens beside it: capture again.")
     prompt_tokens, tokens = 0, 0
-    for line in header.with_suffix(".steps").read_text().splitlines():
+    for line in steps.read_text().splitlines():
         kind, start, count = line.split()
         if int(start) != tokens:
             raise CaptureError(
-                f"{header.with_suffix('.steps')} goes from token {tokens} to {start}: capture again with "
-                "--no-enable-prefix-caching."
+                f"{steps} goes from token {tokens} to {start}: capture again with --no-enable-prefix-caching."
             )
         tokens += int(count)
         prompt_tokens += int(count) * (kind == "prefill")
-    raw = numpy.fromfile(header.with_suffix(".rows"), dtype=numpy.uint8)
-    if len(raw) != tokens * shape.row_bytes:
-        raise CaptureError(
-            f"{header.with_suffix('.rows')} has {len(raw)} bytes, but {tokens} tokens need "
-            f"{tokens * shape.row_bytes}: capture again."
-        )
+    size, expected = row_file.stat().st_size, tokens * shape.row_bytes
+    if size != expected:
+        raise CaptureError(f"{row_file} has {size} bytes, but {tokens} tokens need {expected}: capture again.")
+    raw = numpy.memmap(row_file, dtype=numpy.uint8, mode="c")  # read as it is used: captures can exceed memory
     rows = torch.from_numpy(raw).view(getattr(torch, shape.dtype)).view(tokens, *shape.row_shape)
     query, key, value = rows.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
     return CapturedLayer(header.parent.name, header.stem, shape, query, key, value, prompt_tokens)
