@@ -89,7 +89,7 @@ def plot(folder: Path, results: list[Result]) -> list[Path]:
         return []
     paths = [folder / "error_over_bytes.png"]
     sources = list(dict.fromkeys(result.source for result in results))
-    figure, axes = pyplot.subplots(1, len(sources), figsize=(6 * len(sources), 4.5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(sources), figsize=(7 * len(sources), 4.5), squeeze=False)
     for axis, source in zip(axes[0], sources):
         for method in METHODS:
             points = sorted((r.device_bytes / r.dense_bytes, r.error) for r in results if _is(r, source, method))
@@ -97,12 +97,12 @@ def plot(folder: Path, results: list[Result]) -> list[Path]:
                 axis.semilogy(*zip(*points), _style(method), label=method)
         axis.set(title=source, xlabel="device bytes / bytes of all keys and values", ylabel="error of the output")
         axis.grid(True, which="both", alpha=0.3)
-        axis.legend()
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, paths[0])
     if len(results[0].error_by_step) < LONG_RUN:
         return paths
     paths.append(folder / "error_over_steps.png")
-    figure, axes = pyplot.subplots(1, len(sources), figsize=(6 * len(sources), 4.5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(sources), figsize=(7 * len(sources), 4.5), squeeze=False)
     for axis, source in zip(axes[0], sources):
         for result in results:
             if result.source == source:
@@ -111,7 +111,7 @@ def plot(folder: Path, results: list[Result]) -> list[Path]:
                 axis.semilogy(steps, block_errors(result), _style(result.method), label=label)
         axis.set(title=source, xlabel="decode step", ylabel="error of the output, mean of a tenth of the steps")
         axis.grid(True, which="both", alpha=0.3)
-        axis.legend()
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, paths[1])
     return paths
 
