@@ -1,5 +1,6 @@
 """The comparison of attention methods at equal device bytes."""
 
+import io
 import json
 from collections import OrderedDict
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from vllm_lrqk.capture import LayerCapture, LayerShape
 from vllm_lrqk.config import LRQKConfig
@@ -18,7 +20,7 @@ from vllm_lrqk.evaluation.attention.exact import ExactStep
 from vllm_lrqk.evaluation.attention.generator import SETS, generate
 from vllm_lrqk.evaluation.attention.measures import RowCache, evaluate
 from vllm_lrqk.evaluation.attention.methods import METHODS, highest_possible, page_bounds
-from vllm_lrqk.evaluation.attention.report import block_errors
+from vllm_lrqk.evaluation.attention.report import block_errors, plot, print_tables
 from vllm_lrqk.evaluation.attention.sources import Source
 from vllm_lrqk.reference.published_attention import PublishedSettings
 from vllm_lrqk.step import build_step
@@ -203,6 +205,17 @@ def test_block_errors_are_means_of_tenths(results):
     assert len(blocks) == 10
     assert blocks[0] == pytest.approx(sum(range(20)) / 20)
     assert blocks[-1] == pytest.approx(sum(range(184, 205)) / 21)
+
+
+def test_long_runs_are_shown_over_the_steps(results, tmp_path):
+    result = replace(results["oracle"], error_by_step=[0.125] * 100 + [0.5] * 100)
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_tables(console, [result], ["oracle"], [BUDGET])
+    printed = console.export_text()
+    assert "error of each tenth of 200 steps" in printed
+    assert (printed.count("0.125"), printed.count("0.500")) == (5, 5)
+    assert [path.name for path in plot(tmp_path, [result])] == ["error_over_bytes.png", "error_over_steps.png"]
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
 
 
 @pytest.fixture
