@@ -11,6 +11,8 @@ from vllm_lrqk.capture import CaptureError, LayerCapture, LayerShape, read_captu
 from vllm_lrqk.config import ConfigError
 from vllm_lrqk.evaluation.attention.decoding import dense_decode
 from vllm_lrqk.evaluation.attention.sources import captured_sequences
+from vllm_lrqk.integration.checks import check_model
+from vllm_lrqk.integration.startup import read_config
 from vllm_lrqk.step import build_step
 
 TOKENS = 12
@@ -146,6 +148,16 @@ def test_layers_that_disagree_are_noticed(tmp_path):
 def test_a_step_beyond_the_limit_is_not_written(tmp_path):
     capture_of(tmp_path, 5, limit=5)
     assert [len(layer.query) for layer in read_capture(tmp_path)] == [5, 5]
+
+
+def test_refused_off_the_cpu(models, tmp_path):
+    config = start(tiny_llama(models, 4, 2, 64), {"capture": str(tmp_path)}, enable_prefix_caching=False)
+    check_model(config, read_config(config))
+    config.device_config.device_type = "cuda"
+    with pytest.raises(
+        ConfigError, match=r"^lrqk\.capture is '.*', but only the CPU platform captures: leave it out\.$"
+    ):
+        check_model(config, read_config(config))
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,8 @@ def _check_capture(vllm_config: Any, folder: str) -> None:
             f"lrqk.capture is {folder!r}, but tokens from the prefix cache cannot be captured: "
             "add --no-enable-prefix-caching."
         )
-    if vllm_config.device_config.device_type != "cpu" and not vllm_config.model_config.enforce_eager:
-        raise ConfigError(
-            f"lrqk.capture is {folder!r}, but nothing can be captured inside a CUDA graph: add --enforce-eager."
-        )
+    if vllm_config.device_config.device_type != "cpu":
+        raise ConfigError(f"lrqk.capture is {folder!r}, but only the CPU platform captures: leave it out.")
     if next(Path(folder).glob("request-*"), None) is not None:
         raise ConfigError(f"lrqk.capture is {folder!r}, which has captured requests already: name an empty folder.")
 
