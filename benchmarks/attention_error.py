@@ -15,12 +15,17 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from decoding import dense_decode, paged_decode, published_decode, relative_error  # noqa: E402
-from qkv import QKV, SETS, generate  # noqa: E402
+sys.path[:0] = [str(ROOT)]
 
 from vllm_lrqk.config import LRQKConfig  # noqa: E402
+from vllm_lrqk.evaluation.attention.decoding import (  # noqa: E402
+    dense_decode,
+    paged_decode,
+    published_decode,
+    relative_error,
+)
+from vllm_lrqk.evaluation.attention.generator import SETS, generate  # noqa: E402
+from vllm_lrqk.evaluation.attention.qkv import QKV  # noqa: E402
 from vllm_lrqk.reference.published_attention import PublishedSettings  # noqa: E402
 
 TOP_K, RECENT_TOKENS = 512, 64
@@ -82,7 +87,7 @@ def print_table(results: dict[str, dict[str, dict[str, float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="sets of tests/qkv.py")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="sets of the generator")
     parser.add_argument("--steps", type=int, default=24, help="decode steps")
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()

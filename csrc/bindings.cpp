@@ -72,8 +72,8 @@ lrqk::PageLayout page_layout(const Tensor& factors, int64_t rank, bool is_int8, 
 
 lrqk::DecodeArgs selection_args(const Tensor& query, const Tensor& factors, const Tensor& block_table,
                                 const Tensor& seq_lens, double scale, const lrqk::PageLayout& layout,
-                                int64_t page_size, int64_t top_k, int64_t recent_tokens, int64_t sink_tokens,
-                                bool with_residual) {
+                                int64_t page_size, int64_t top_k, double top_p, int64_t recent_tokens,
+                                int64_t sink_tokens, bool with_residual) {
   check(query, "query", 3, query.scalar_type());
   check(block_table, "block_table", 2, ScalarType::Int);
   check(seq_lens, "seq_lens", 1, ScalarType::Int);
@@ -94,6 +94,7 @@ lrqk::DecodeArgs selection_args(const Tensor& query, const Tensor& factors, cons
   STD_TORCH_CHECK(page_size >= 16 && page_size <= 1024 && (page_size & (page_size - 1)) == 0, "unsupported page size");
   while (int64_t{1} << a.page_shift < page_size) ++a.page_shift;
   a.top_k = top_k;
+  a.top_p = static_cast<float>(top_p);
   a.recent_tokens = recent_tokens;
   a.sink_tokens = sink_tokens;
   a.with_residual = with_residual;
@@ -107,11 +108,11 @@ lrqk::DecodeArgs selection_args(const Tensor& query, const Tensor& factors, cons
 
 void cpu_decode(const Tensor query, const Tensor host, const Tensor factors, const Tensor block_table,
                 const Tensor seq_lens, double scale, int64_t rank, bool is_int8, int64_t projection_offset,
-                int64_t scale_offset, int64_t value_mean_offset, int64_t top_k, int64_t recent_tokens,
+                int64_t scale_offset, int64_t value_mean_offset, int64_t top_k, double top_p, int64_t recent_tokens,
                 int64_t sink_tokens, bool with_residual, Tensor output, Tensor attended, int64_t instruction_set) {
   const auto layout = page_layout(factors, rank, is_int8, projection_offset, scale_offset, value_mean_offset);
-  auto a = selection_args(query, factors, block_table, seq_lens, scale, layout, host.size(2), top_k, recent_tokens,
-                          sink_tokens, with_residual);
+  auto a = selection_args(query, factors, block_table, seq_lens, scale, layout, host.size(2), top_k, top_p,
+                          recent_tokens, sink_tokens, with_residual);
   check(output, "output", 3, query.scalar_type());
   check(attended, "attended", 1, ScalarType::Long);
   a.host = host_pages(host, query.scalar_type());
@@ -124,11 +125,11 @@ void cpu_decode(const Tensor query, const Tensor host, const Tensor factors, con
 
 void cpu_select(const Tensor query, const Tensor factors, const Tensor block_table, const Tensor seq_lens,
                 double scale, int64_t rank, bool is_int8, int64_t projection_offset, int64_t scale_offset,
-                int64_t value_mean_offset, int64_t page_size, int64_t top_k, int64_t recent_tokens,
+                int64_t value_mean_offset, int64_t page_size, int64_t top_k, double top_p, int64_t recent_tokens,
                 int64_t sink_tokens, Tensor rows, std::optional<Tensor> residual, int64_t instruction_set) {
   const auto layout = page_layout(factors, rank, is_int8, projection_offset, scale_offset, value_mean_offset);
-  auto a = selection_args(query, factors, block_table, seq_lens, scale, layout, page_size, top_k, recent_tokens,
-                          sink_tokens, residual.has_value());
+  auto a = selection_args(query, factors, block_table, seq_lens, scale, layout, page_size, top_k, top_p,
+                          recent_tokens, sink_tokens, residual.has_value());
   check(rows, "rows", 3, ScalarType::Int);
   a.rows = static_cast<int32_t*>(rows.data_ptr());
   a.row_places = rows.size(2);
@@ -246,12 +247,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
   m.def(
       "cpu_decode(Tensor query, Tensor host, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, "
       "int rank, bool is_int8, int projection_offset, int scale_offset, int value_mean_offset, int top_k, "
-      "int recent_tokens, int sink_tokens, bool with_residual, Tensor(a!) output, Tensor(b!) attended, "
+      "float top_p, int recent_tokens, int sink_tokens, bool with_residual, Tensor(a!) output, Tensor(b!) attended, "
       "int instruction_set) -> ()");
   m.def(
       "cpu_select(Tensor query, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, int rank, "
       "bool is_int8, int projection_offset, int scale_offset, int value_mean_offset, int page_size, int top_k, "
-      "int recent_tokens, int sink_tokens, Tensor(a!) rows, Tensor(b!)? residual, int instruction_set) -> ()");
+      "float top_p, int recent_tokens, int sink_tokens, Tensor(a!) rows, Tensor(b!)? residual, "
+      "int instruction_set) -> ()");
   m.def(
       "cpu_append(Tensor key, Tensor value, Tensor(a!) host, Tensor slots, int instruction_set) -> ()");
   m.def(

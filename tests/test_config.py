@@ -8,6 +8,7 @@ BAD_VALUES = {
     "rank": [3, 0, 18, 16.0, "16", True, None],
     "page_size": [100, 8, 2048, "256", True],
     "top_k": [0, -1, 2.5, True],
+    "top_p": [0, -0.5, 1.01, 2, float("nan"), "0.9", True, None],
     "recent_tokens": [0, "64"],
     "sink_tokens": [-1, 0.5],
     "residual": ["median", True, None],
@@ -18,12 +19,15 @@ BAD_VALUES = {
     "lambda_k": [0, -1.0, float("nan"), float("inf"), "1", True],
     "hot_cache": ["on", 1, None],
     "hot_rows": [0, 10, 1.5, True],
+    "capture": ["", 1, True],
+    "capture_tokens": [0, 1.5, True, None],
     "host_memory_gib": [0, -4, float("nan"), float("inf"), "8", True],
 }
 GOOD_VALUES = {
     "rank": [4, 64],
     "page_size": [16, 1024],
     "top_k": [1, 10**6],
+    "top_p": [1, 1.0, 0.9, 1e-6],
     "recent_tokens": [1],
     "sink_tokens": [0],
     "residual": ["mean", "none"],
@@ -34,6 +38,8 @@ GOOD_VALUES = {
     "lambda_k": [1, 0.5],
     "hot_cache": ["auto", True, False],
     "hot_rows": [None, 2048 + 64 + 4 + 256],
+    "capture": [None, "folder"],
+    "capture_tokens": [1],
     "host_memory_gib": [None, 1, 0.5],
 }
 
@@ -66,6 +72,8 @@ def test_bad_values_are_refused_in_one_sentence(key, value):
         ({"rank": 18}, "lrqk.rank is 18, but must be a multiple of 4."),
         ({"rank": True}, "lrqk.rank is True, but must be a whole number."),
         ({"top_k": 0}, "lrqk.top_k is 0, but must be 1 or more."),
+        ({"top_p": 1.5}, "lrqk.top_p is 1.5, but must be 1 or less."),
+        ({"top_p": 0.0}, "lrqk.top_p is 0.0, but must be above 0."),
         ({"lambda_q": 0}, "lrqk.lambda_q is 0, but must be above 0."),
         ({"lambda_k": float("inf")}, "lrqk.lambda_k is inf, but must be finite."),
         ({"residual": "max"}, "lrqk.residual is 'max', but must be one of mean, none."),

@@ -1,13 +1,13 @@
-"""Error of the attention output against dense on synthetic Q/K/V (see qkv.py and decoding.py)."""
+"""Error of the attention output against dense on synthetic Q/K/V (see vllm_lrqk/evaluation/attention)."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from decoding import dense_decode, paged_decode, published_decode, relative_error
-from qkv import SETS, generate
 
 from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.evaluation.attention.decoding import dense_decode, paged_decode, published_decode, relative_error
+from vllm_lrqk.evaluation.attention.generator import SETS, generate
 from vllm_lrqk.reference.published_attention import PublishedSettings
 
 STEPS = 24

@@ -6,8 +6,8 @@ import pytest
 from engines import tiny_llama
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_lrqk.config import ConfigError
-from vllm_lrqk.integration.checks import check_layer
+from vllm_lrqk.config import ConfigError, LRQKConfig
+from vllm_lrqk.integration.checks import check_layer, check_model
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,14 @@ def test_bad_settings_end_start_up(model, settings, words):
     assert all(word in message for word in words), message
     assert message.endswith((".", "?")), message
     assert "\n" not in message, message
+
+
+def test_adaptive_budget_is_refused_off_the_cpu(model):
+    config = start(model, {"top_p": 0.9})
+    check_model(config, LRQKConfig(top_p=0.9))
+    config.device_config.device_type = "cuda"
+    with pytest.raises(ConfigError, match=r"^lrqk\.top_p is 0\.9, but .*\.$"):
+        check_model(config, LRQKConfig(top_p=0.9))
 
 
 def write_config(folder, **config):

@@ -26,6 +26,8 @@ class LRQKConfig:
     """Tokens per page (vLLM's block size)."""
     top_k: int = field(default=2048, metadata={"minimum": 1})
     """Tokens selected per KV head and decode step."""
+    top_p: float = field(default=1.0, metadata={"above": 0.0, "maximum": 1.0})
+    """Of these only as many as carry this share of the candidates' summed proxy weight; 1: all of them."""
     recent_tokens: int = field(default=64, metadata={"minimum": 1})
     """Latest tokens that are always attended exactly (the current one included)."""
     sink_tokens: int = field(default=4, metadata={"minimum": 0})
@@ -48,6 +50,10 @@ class LRQKConfig:
     """Rows of the hot cache per request and KV head; default: what one step can attend, plus a quarter."""
     host_memory_gib: float | None = field(default=None, metadata={"above": 0.0})
     """CPU memory for full-precision keys and values of all ranks of one host; default: half of what is free."""
+    capture: str | None = None
+    """Folder for the queries, keys and values of every layer (see `vllm_lrqk.capture`); null: nothing is written."""
+    capture_tokens: int = field(default=65536, metadata={"minimum": 1})
+    """Tokens, of all requests together, after which nothing more is captured."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -94,6 +100,7 @@ _TYPE_NAMES: dict[Any, tuple[tuple[type, ...], str]] = {
     bool | str: ((bool, str), 'true, false or "auto"'),
     int | None: ((int, type(None)), "a whole number or null"),
     float | None: ((int, float, type(None)), "a number or null"),
+    str | None: ((str, type(None)), "a string or null"),
 }
 
 
@@ -104,6 +111,8 @@ def _check_field(name: str, value: Any, declared: Any, rule: Any) -> None:
         raise ConfigError(f"lrqk.{name} is {value!r}, but must be {wording}.")
     if value is None:
         return
+    if value == "":
+        raise ConfigError(f"lrqk.{name} is '', but must be null or not empty.")
     if isinstance(value, float) and not isfinite(value):
         raise ConfigError(f"lrqk.{name} is {value}, but must be finite.")
     if "choices" in rule and value not in rule["choices"]:
@@ -113,5 +122,7 @@ def _check_field(name: str, value: Any, declared: Any, rule: Any) -> None:
         raise ConfigError(f"lrqk.{name} is {value}, but must be {rule['minimum']} or more.")
     if "above" in rule and not value > rule["above"]:
         raise ConfigError(f"lrqk.{name} is {value}, but must be above {rule['above']:g}.")
+    if "maximum" in rule and value > rule["maximum"]:
+        raise ConfigError(f"lrqk.{name} is {value}, but must be {rule['maximum']:g} or less.")
     if "multiple_of" in rule and value % rule["multiple_of"]:
         raise ConfigError(f"lrqk.{name} is {value}, but must be a multiple of {rule['multiple_of']}.")

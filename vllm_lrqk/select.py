@@ -57,7 +57,7 @@ def select(
     """Choose the rows of one decode step; `seq_lens` [B] counts the current token.
 
     Always attended: sink tokens, the last `recent_tokens`, tokens of the unsealed page. Of the others,
-    the candidates, the top_k by the group's summed softmax weight of the proxy scores.
+    the candidates, the top_k by the group's summed softmax weight of the proxy scores, as far as top_p goes.
     """
     n, kv_heads = config.page_size, factors.raw.shape[1]
     first, end = candidate_range(seq_lens, config)
@@ -73,15 +73,37 @@ def select(
     # A request without candidates has -inf everywhere; its softmax is replaced by zeros.
     weight = scores.softmax(-1).nan_to_num(0.0).unflatten(1, (kv_heads, -1)).sum(2)  # [B, KV, P*N]
     weight = weight.masked_fill(~is_candidate[:, None], -1.0)
-    top = weight.topk(min(config.top_k, weight.shape[-1]), dim=-1, sorted=False)
-    rows = torch.where(top.values >= 0, top.indices, -1)
+    group = scores.shape[1] // kv_heads
+    tokens, is_selected = heaviest(weight, group, config)
+    rows = torch.where(is_selected, tokens, -1)
     residual = None
     if config.residual == "mean":
-        chosen = torch.zeros_like(weight, dtype=torch.bool).scatter_(-1, top.indices, True)
-        group = scores.shape[1] // kv_heads
+        chosen = torch.zeros_like(weight, dtype=torch.bool).scatter_(-1, tokens, is_selected)
         left = scores.masked_fill(chosen.repeat_interleave(group, 1), -torch.inf)
         residual = left.unflatten(-1, (num_pages, n)).logsumexp(-1)
     return Selection(torch.cat([rows, always], -1).int(), residual)
+
+
+def heaviest(weight: torch.Tensor, group: int, config: LRQKConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top_k candidates by weight, and which of them are selected.
+
+    With top_p < 1 a candidate is selected while those before it (heavier ones, or earlier ones of equal weight)
+    carry less than top_p of the weight of all candidates, which is `group`: each head's softmax sums to 1.
+
+    Args:
+        weight: float32 [B, KV, T], a group's summed softmax weights; -1 where a token is no candidate.
+        group: query heads per KV head.
+
+    Returns:
+        int64 and bool [B, KV, min(top_k, T)], token positions in any order.
+    """
+    places = min(config.top_k, weight.shape[-1])
+    if config.top_p == 1:
+        top = weight.topk(places, dim=-1, sorted=False)
+        return top.indices, top.values >= 0
+    values, tokens = (x[..., :places] for x in weight.sort(dim=-1, descending=True, stable=True))
+    before = values.clamp_min(0).cumsum(-1) - values
+    return tokens, (values >= 0) & (before < config.top_p * group)
 
 
 def _always_rows(seq_lens: torch.Tensor, end: torch.Tensor, config: LRQKConfig) -> torch.Tensor:

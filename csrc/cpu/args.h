@@ -56,6 +56,7 @@ struct DecodeArgs {
   int page_shift;  // page_size is 1 << page_shift
   int64_t top_k, recent_tokens, sink_tokens;
   bool with_residual;
+  float top_p;
   float scale;
   DType dtype;
 };

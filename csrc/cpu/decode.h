@@ -4,7 +4,7 @@
 // for longer than its share is split by ranges of pages and of rows. Both ways compute the same numbers.
 #pragma once
 
-#include "choose.h"
+#include "share.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
@@ -106,6 +106,7 @@ inline void select_item(const DecodeArgs& a, Item& item) {
     find_threshold(a, item);
     for (int64_t i = 0; i < item.ranges; ++i) keep_range(a, item, i);
     choose_rows(a, item);
+    keep_share(a, item);
     for (int64_t i = 0; item.has_residual && i < item.ranges; ++i) subtract_range(a, item, i);
   }
   list_rows(a, item);
@@ -154,7 +155,10 @@ inline void run_split(const DecodeArgs& a, Item* items, int64_t num_items, const
   });
   for_each_part(parallel, items, num_items, by_range, [&](Item& item, int64_t i) { keep_range(a, item, i); });
   for_each_part(parallel, items, num_items, by_item, [&](Item& item, int64_t) {
-    if (item.is_scored) choose_rows(a, item);
+    if (item.is_scored) {
+      choose_rows(a, item);
+      keep_share(a, item);
+    }
     list_rows(a, item);
   });
   for_each_part(

@@ -17,10 +17,10 @@ struct Item {
   int64_t seq_len;
   int64_t first, end;             // candidates
   int64_t first_page, num_pages;  // pages first_page ... num_pages - 1 hold them
-  bool is_scored;                 // more candidates than top_k; else all of them are attended and no page is read
+  bool is_scored;                 // else all candidates are attended and no page is read
   bool has_residual;
   int64_t always;  // rows that are attended in any case
-  int64_t num_rows;
+  int64_t num_rows;  // at most, until share.h has lowered it
 
   float* query;         // [G, d], natural order
   float* attend_query;  // [G, d], load_pair's order
@@ -62,7 +62,7 @@ inline Item make_item(const DecodeArgs& a, int64_t index) {
   const int64_t candidates = larger<int64_t>(item.end - item.first, 0);
   item.first_page = item.first / n;
   item.num_pages = candidates ? ceil_div(item.end, n) : 0;
-  item.is_scored = candidates > a.top_k;
+  item.is_scored = candidates > a.top_k || (a.top_p < 1.0f && candidates > 0);
   item.has_residual = item.is_scored && a.with_residual;
   item.num_selected = smaller(candidates, a.top_k);
   const int64_t tail = larger<int64_t>(item.seq_len - larger(item.end, item.first), 0);

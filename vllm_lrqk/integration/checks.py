@@ -1,8 +1,10 @@
 """What LRQK cannot serve, each as one sentence with the setting, its value and the remedy."""
 
+from pathlib import Path
 from typing import Any
 
 from vllm_lrqk.config import ConfigError, LRQKConfig
+from vllm_lrqk.ops.cuda_select import check_config
 
 
 def check_model(vllm_config: Any, config: LRQKConfig) -> None:
@@ -44,7 +46,23 @@ def check_model(vllm_config: Any, config: LRQKConfig) -> None:
         raise ConfigError(
             f"lrqk.rank is {config.rank}, but must be at most the head size of {name}, {model.get_head_size()}."
         )
+    if vllm_config.device_config.device_type != "cpu":
+        check_config(config)
+    if config.capture is not None:
+        _check_capture(vllm_config, config.capture)
     _check_engine(vllm_config, parallel)
+
+
+def _check_capture(vllm_config: Any, folder: str) -> None:
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ConfigError(
+            f"lrqk.capture is {folder!r}, but tokens from the prefix cache cannot be captured: "
+            "add --no-enable-prefix-caching."
+        )
+    if vllm_config.device_config.device_type != "cpu":
+        raise ConfigError(f"lrqk.capture is {folder!r}, but only the CPU platform captures: leave it out.")
+    if next(Path(folder).glob("request-*"), None) is not None:
+        raise ConfigError(f"lrqk.capture is {folder!r}, which has captured requests already: name an empty folder.")
 
 
 def _check_engine(vllm_config: Any, parallel: Any) -> None:

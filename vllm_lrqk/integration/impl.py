@@ -10,6 +10,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lrqk import compat
+from vllm_lrqk.capture import LayerCapture
 from vllm_lrqk.integration.backend import HotBackend, LRQKBackend
 from vllm_lrqk.integration.checks import check_layer
 from vllm_lrqk.integration.spec import HotSpec, hot_spec
@@ -61,6 +62,7 @@ class LRQKImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.worker: WorkerState | None = None
         self.state: LayerState | None = None
+        self.capture: LayerCapture | None = None
         self.hot_name: str | None = None
         self._vllm_config = LRQKBackend.vllm_config = get_current_vllm_config()
 
@@ -77,6 +79,7 @@ class LRQKImpl(AttentionImpl):
                 assert self.worker is not None
                 hot = None if self.hot_name is None else bound[self.hot_name]
                 self.state = self.worker.create_state(own_name, bound[own_name], hot, self.scale)
+                self.capture = self.worker.create_capture(own_name, self.num_heads, self.scale)
 
         compat.on_kv_cache_bound(own_layer, partial(on_bound, own_name))
         if uses_hot_cache(read_config(self._vllm_config)):
@@ -108,5 +111,7 @@ class LRQKImpl(AttentionImpl):
             return output.zero_()
         count = attn_metadata.num_tokens
         hot_table = None if self.hot_name is None else compat.forward_metadata(self.hot_name).blocks
+        if self.capture is not None:
+            self.capture.write(query[:count], key[:count], value[:count], attn_metadata)
         self.state.forward(query[:count], key[:count], value[:count], attn_metadata, hot_table, output[:count])
         return output

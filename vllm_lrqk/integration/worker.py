@@ -3,11 +3,13 @@
 import os
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_lrqk import compat
+from vllm_lrqk.capture import LayerCapture, LayerShape
 from vllm_lrqk.counters import Counters
 from vllm_lrqk.host_store import allocate_host_pages
 from vllm_lrqk.hot_cache import HotCache
@@ -32,7 +34,8 @@ class WorkerState:
         self._dtype = kv_dtype(vllm_config)
         self._waiting = set(layer_names)
         self._num_layers = len(layer_names)
-        self._is_first_rank = vllm_config.parallel_config.rank == 0
+        self._rank = vllm_config.parallel_config.rank
+        self._world_size = vllm_config.parallel_config.world_size
         self._logged = Counters()
         self._logged_at = time.monotonic()
         self._interval = float(os.environ.get("VLLM_LOG_STATS_INTERVAL", "10"))
@@ -55,9 +58,19 @@ class WorkerState:
             hot = HotCache(hot_raw.view(torch.uint8).flatten(2), format_, num_pages)
         state = LayerState(factors, host, hot, scale, self._config, self.counters)
         self._waiting.discard(name)
-        if not self._waiting and self._is_first_rank:
+        if not self._waiting and self._rank == 0:
             self._log_start(state.kernels.name, raw.shape[0], num_pages)
         return state
+
+    def create_capture(self, name: str, heads: int, scale: float) -> LayerCapture | None:
+        """What writes the tokens of a layer to files, if that is asked for."""
+        config, spec = self._config, self._spec
+        if config.capture is None:
+            return None
+        dtype = str(self._dtype).removeprefix("torch.")
+        shape = LayerShape(heads, spec.num_kv_heads, spec.head_size, dtype, scale)
+        file_name = name if self._world_size == 1 else f"{name}-rank{self._rank}"
+        return LayerCapture(Path(config.capture), file_name, shape, config.capture_tokens)
 
     def _log_start(self, kernels: str, num_blocks: int, num_pages: int) -> None:
         page_size = self._spec.block_size
@@ -79,7 +92,7 @@ class WorkerState:
         """Count a step; at vLLM's logging interval log what happened since the last time."""
         self.step += 1
         now = time.monotonic()
-        if self._is_first_rank and now - self._logged_at >= self._interval:
+        if self._rank == 0 and now - self._logged_at >= self._interval:
             self.pages_in_use = self._count_pages(block_table, seq_lens)
             self._log(self.counters.since(self._logged), now - self._logged_at)
             self._logged, self._logged_at = self.counters.since(Counters()), now

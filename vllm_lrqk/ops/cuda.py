@@ -61,7 +61,7 @@ class _Selector:
         config: LRQKConfig,
     ) -> Selection:
         """As `vllm_lrqk.select.select`; what it returns is valid until the next call."""
-        if not is_supported(query, factors, block_table):
+        if config.top_p < 1 or not is_supported(query, factors, block_table):
             return triton_select.select(query, factors, block_table, seq_lens, scale, config)
         workspace = self._workspace(query, block_table, factors.raw.shape[1], config)
         return workspace.select(query, factors, block_table.int(), seq_lens.int(), scale)

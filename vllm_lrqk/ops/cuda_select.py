@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.config import ConfigError, LRQKConfig
 from vllm_lrqk.ops.cuda_library import stream_handle
 from vllm_lrqk.page import FactorPages
 from vllm_lrqk.select import Selection
@@ -13,6 +13,12 @@ MAX_RANK = 64
 MAX_HEAD_SIZE = 256
 MAX_TOKENS = 1 << 22
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_config(config: LRQKConfig) -> None:
+    """Raise ConfigError where the CUDA kernels do not serve a setting."""
+    if config.top_p < 1:
+        raise ConfigError(f"lrqk.top_p is {config.top_p:g}, but the CUDA kernels have no adaptive budget: set it to 1.")
 
 
 def is_supported(query: torch.Tensor, factors: FactorPages, block_table: torch.Tensor) -> bool:
@@ -31,6 +37,9 @@ class SelectWorkspace:
     """Memory of select for up to `max_requests` requests of up to `max_pages` pages.
 
     The layers of a model share one: what select returns is valid until the next call.
+
+    Raises:
+        ConfigError: the configuration asks for what the kernels do not have.
     """
 
     def __init__(
@@ -43,6 +52,7 @@ class SelectWorkspace:
         config: LRQKConfig,
         device: torch.device,
     ) -> None:
+        check_config(config)
         self.operators = operators
         self.max_requests, self.max_pages = max_requests, max_pages
         self.heads, self.kv_heads = heads, kv_heads

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.page import FactorPages
-from vllm_lrqk.select import Selection, _always_rows, candidate_range
+from vllm_lrqk.select import Selection, _always_rows, candidate_range, heaviest
 
 
 @triton.jit
@@ -134,19 +134,19 @@ def select(
     config: LRQKConfig,
 ) -> Selection:
     """As `vllm_lrqk.select.select`, for all pages of the block table: no size depends on the lengths."""
-    kv_heads, tokens = factors.raw.shape[1], block_table.shape[1] * config.page_size
+    kv_heads = factors.raw.shape[1]
     _, end = candidate_range(seq_lens, config)
     scores = candidate_scores(query, factors, block_table, seq_lens, scale, config)
     flat = scores.flatten(2)  # [B, H, P * N]
     is_candidate = flat[:, :1] > -torch.inf
     weight = flat.softmax(-1).nan_to_num(0.0).unflatten(1, (kv_heads, -1)).sum(2)  # [B, KV, P * N]
     weight = weight.masked_fill(~is_candidate, -1.0)
-    top = weight.topk(min(config.top_k, tokens), dim=-1, sorted=False)
-    rows = torch.where(top.values >= 0, top.indices, -1)
+    tokens, is_selected = heaviest(weight, query.shape[1] // kv_heads, config)
+    rows = torch.where(is_selected, tokens, -1)
     rows = torch.nn.functional.pad(rows, (0, config.top_k - rows.shape[-1]), value=-1)
     residual = None
     if config.residual == "mean":
-        chosen = torch.zeros_like(weight, dtype=torch.bool).scatter_(-1, top.indices, True)
+        chosen = torch.zeros_like(weight, dtype=torch.bool).scatter_(-1, tokens, is_selected)
         left = flat.unflatten(1, (kv_heads, -1)).masked_fill(chosen[:, :, None], -torch.inf)
         residual = left.flatten(1, 2).view_as(scores).logsumexp(-1)
     always = _always_rows(seq_lens.long(), end, config)[:, None].expand(-1, kv_heads, -1)

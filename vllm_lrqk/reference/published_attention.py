@@ -66,7 +66,7 @@ class PublishedAttention:
         query = query.float()[:, None]
         key, value = self._repeat(key[:, None]), self._repeat(value[:, None])
         # The new token has replaced the oldest recent one before the update.
-        working = self._attended(old_tokens + 1)[:, :-1]
+        working = self.attended_rows(old_tokens + 1)[:, :-1]
         update = decode_update(
             self.b_q,
             self.b_k,
@@ -87,7 +87,7 @@ class PublishedAttention:
             wanted = select_rows(update.q_hat, candidates, settings.top_k)
             self.resident, is_miss = replace_missed(self.resident, wanted)
             self.misses = int(is_miss.sum())
-        attended = self._attended(self.num_tokens)
+        attended = self.attended_rows(self.num_tokens)
         scores = query @ _take(self.key, attended).mT * query.shape[-1] ** -0.5
         return (scores.softmax(-1) @ _take(self.value, attended))[:, 0]
 
@@ -101,7 +101,7 @@ class PublishedAttention:
         working = 2 * self.key.shape[0] * rows * self.key.shape[-1]
         return itemsize * (self.a_k.numel() + self.b_q.numel() + self.b_k.numel() + working)
 
-    def _attended(self, num_tokens: int) -> torch.Tensor:
+    def attended_rows(self, num_tokens: int) -> torch.Tensor:
         """int64 [H, min(num_tokens, k + recent)]: residents, then the recent tokens of `num_tokens`."""
         first_recent = max(self.settings.top_k, num_tokens - self.settings.recent_tokens)
         recent = torch.arange(first_recent, num_tokens).expand(self.resident.shape[0], -1)

@@ -1,4 +1,4 @@
-"""One layer's prompt and decode steps on synthetic Q/K/V, with each kind of attention, and what is measured on them.
+"""One layer's prompt and decode steps with dense, page-local and published attention.
 
 The error is the mean over decode steps and query heads of |o - o_dense| / |o_dense| (Euclidean norms of a head's
 output vector). Dense attention sees the same bfloat16 keys and values, in float32.
@@ -7,14 +7,15 @@ output vector). Dense attention sees the same bfloat16 keys and values, in float
 from itertools import pairwise
 
 import torch
-from qkv import QKV
 
+from vllm_lrqk.attend import attend, gather_rows
 from vllm_lrqk.config import LRQKConfig
-from vllm_lrqk.decode import decode_attention
+from vllm_lrqk.evaluation.attention.qkv import QKV
 from vllm_lrqk.factors import seal_pages
 from vllm_lrqk.page import FactorPages, PageFormat
 from vllm_lrqk.prefill import append_rows, query_grams
 from vllm_lrqk.reference.published_attention import PublishedAttention, PublishedSettings
+from vllm_lrqk.select import select
 
 UNWRITTEN = 0xFF
 """Byte that fills factor pages before they are sealed: NaN in every floating-point type."""
@@ -69,14 +70,13 @@ class PagedLayer:
             grams = query_grams(query, key.shape[1], starts, [(page + 1) * n - start for page in filled])
         seal_pages(self.pages[list(filled)], self.host, self.factors, grams, self.config)
 
-    def decode(self, query: torch.Tensor) -> torch.Tensor:
-        """Attend with the query [H, d] of the latest token: float32 [H, d]."""
-        output = torch.empty(1, *query.shape)
+    def decode(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend with the query [H, d] of the latest token: float32 [H, d], and the rows int32 [KV, R], -1 for none."""
+        query, table = query[None], self.pages[None]
         length = torch.tensor([self.num_tokens])
-        decode_attention(
-            query[None], self.host, self.factors, self.pages[None], length, self.scale, self.config, output
-        )
-        return output[0]
+        selection = select(query, self.factors, table, length, self.scale, self.config)
+        rows_kv = gather_rows(self.host, table, selection.rows)
+        return attend(query, rows_kv, selection, self.factors, table, self.scale)[0], selection.rows[0]
 
     def device_bytes(self) -> int:
         """Bytes on the GPU with the hot cache on: factor pages, the open one included, and all hot rows."""
@@ -102,7 +102,7 @@ def paged_decode(
     outputs = []
     for i in range(qkv.prompt_tokens, qkv.prompt_tokens + steps):
         layer.append(qkv.key[i : i + 1], qkv.value[i : i + 1], None)
-        outputs.append(layer.decode(qkv.query[i]))
+        outputs.append(layer.decode(qkv.query[i])[0])
     return torch.stack(outputs), layer
 
 

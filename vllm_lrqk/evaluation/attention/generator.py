@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_lrqk.evaluation.attention.qkv import QKV
+
 TOPICS = 12
 SINKS = 4
 
@@ -72,19 +74,6 @@ SINK = HeadRole(1.2, 2.5, 0.70, 3.0)
 DIFFUSE = HeadRole(1.0, 1.0, 0.30, 2.0)
 MIXED = HeadRole(1.9, 4.0, 0.45, 7.0)
 ROLES = (RETRIEVAL, LOCAL, MIXED, SINK, RETRIEVAL, DIFFUSE, MIXED, LOCAL)
-
-
-@dataclass(frozen=True)
-class QKV:
-    """One layer's sequence in bfloat16; tokens from `prompt_tokens` on are decoded one by one."""
-
-    query: torch.Tensor
-    """[L, H, d]; query head h uses KV head h // (H / KV)."""
-    key: torch.Tensor
-    """[L, KV, d]"""
-    value: torch.Tensor
-    """[L, KV, d]"""
-    prompt_tokens: int
 
 
 def generate(spec: QKVSet) -> QKV:
