@@ -102,7 +102,7 @@ def test_residual_sums_the_unattended_candidates(case):
 @pytest.mark.parametrize("more", [-44, -1, 0, 1])
 @pytest.mark.parametrize(("length", "num_candidates"), [(63, 45), (64, 45), (65, 57)])
 def test_lengths_around_the_budget(length, num_candidates, more):
-    """top_k one below, at and above the candidates: 48 sealed tokens less 3 sinks, then 64 less 3 sinks and 4 recent."""
+    """top_k one below, at and above the candidates: 48 sealed tokens less 3 sinks, then 64 less 3 and 4 recent."""
     config = replace(CONFIG, top_k=num_candidates + more)
     selection = run(make_batch([length], config), config)
     assert len(candidates_of(length, config)) == num_candidates
@@ -149,7 +149,8 @@ def test_proxy_scores_of_sealed_tokens():
 
 
 @pytest.mark.parametrize(
-    ("length", "end"), [(1, 0), (5, 0), (16, 0), (17, 12), (20, 15), (21, 16), (22, 16), (31, 16), (32, 16), (33, 28), (40, 32)]
+    ("length", "end"),
+    [(1, 0), (5, 0), (16, 0), (17, 12), (20, 15), (21, 16), (22, 16), (31, 16), (32, 16), (33, 28), (40, 32)],
 )
 def test_candidates_end_at_sealed_and_before_recent(length, end):
     first, ends = candidate_range(torch.tensor([length]), CONFIG)
