@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from emulated import emulated_operators
 from engines import counters, engine, greedy, scheduler, tiny_llama, token_prompts
 from interpreted import interpreted_kernels
+from test_pinned import Runtime
 
 interpreted_kernels("triton_attend")
+
+from vllm_lrqk.pinned import PinnedMemory  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -60,6 +64,9 @@ def test_same_tokens_and_counts(model: Any, plain: Any, on_emulated_device: None
         assert len(states) == 2
         assert all(isinstance(state, DeviceLayerState) for state in states)
         assert states[0].path is states[1].path
+        pinned = Runtime()
+        backends = [layer.impl for layer in layers if hasattr(layer, "impl")]
+        backends[0].worker._pinned.append(PinnedMemory(torch.zeros(100), pinned))
         outputs = greedy(llm, token_prompts(LENGTHS), COUNT)
         assert [list(output.token_ids) for output in outputs] == expected
         own = counters(llm)
@@ -69,6 +76,9 @@ def test_same_tokens_and_counts(model: Any, plain: Any, on_emulated_device: None
         assert own["rows_missed"] > 0
         assert own["bytes_fetched"] == own["rows_missed"] * 2 * 64 * 4
         assert scheduler(llm).kv_cache_manager.usage == 0
+        assert pinned.registered
+    assert not pinned.registered  # the worker's shutdown, while its layers still live
+    assert backends[0].worker is not None
 
 
 def test_preempted_and_cached_pages(model: Any, on_emulated_device: None) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from vllm_lrqk import compat
 from vllm_lrqk.counters import Counters
 from vllm_lrqk.device_counters import DeviceCounters
 from vllm_lrqk.device_layer import DeviceLayerState
@@ -12,7 +13,7 @@ from vllm_lrqk.integration.spec import FactorSpec
 from vllm_lrqk.integration.worker import WorkerState
 from vllm_lrqk.ops.cuda_hot import DeviceHotCache
 from vllm_lrqk.page import FactorPages
-from vllm_lrqk.pinned import PinnedMemory, device_address, released_with
+from vllm_lrqk.pinned import PinnedMemory, device_address, release_all, released_with
 
 
 class DeviceWorkerState(WorkerState):
@@ -31,6 +32,8 @@ class DeviceWorkerState(WorkerState):
         self._layers: list[DeviceLayerState] = []
         self._filled: torch.Tensor | None = None
         self._pinned = released_with(self)
+        self.vllm_config = vllm_config
+        compat.release_at_worker_shutdown(self)
 
     def _join(
         self, factors: FactorPages, host: torch.Tensor, hot_bytes: torch.Tensor | None, scale: float, path: Any
@@ -47,6 +50,11 @@ class DeviceWorkerState(WorkerState):
         layer = DeviceLayerState(factors, host, hot, scale, self._config, self.counters, kernels, path)
         self._layers.append(layer)
         return layer
+
+    def release(self) -> None:
+        """Give the host memory back to the system's use; no step may follow."""
+        release_all(self._pinned)
+        self._pinned.clear()
 
     def _all_created(self) -> None:
         self._layers[0].warm_up()
