@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from cuda_workload import Shape, Workload, make_workload
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm_lrqk.attend import attend
 from vllm_lrqk.config import LRQKConfig
@@ -129,7 +130,7 @@ class Bench:
         """The same step in plain torch on device memory, dense attention, and dense attention from pinned memory."""
         free = torch.cuda.mem_get_info(self.device)[0]
         if 4 * w.host.nbytes > free:
-            return {"dense_ms": None, "offload_ms": None, "torch_ms": None, "dense_error": None}
+            return dict.fromkeys(("dense_ms", "flash_ms", "offload_ms", "torch_ms", "dense_error"))
         pages = torch.empty_like(w.host, device=self.device)
         output = torch.empty_like(w.query)
         arguments = (w.query, pages, w.factors, w.block_table, w.seq_lens, w.scale, self.config, output)
@@ -147,8 +148,12 @@ class Bench:
 
         difference = step.output.float() - dense()[:, :, 0].float()
         dense_error = float(difference.norm() / dense().float().norm())
-        ms = self.milliseconds(dense)
-        return {"dense_ms": ms, "offload_ms": ms + copy, "torch_ms": in_torch, "dense_error": dense_error}
+        ms, flash_ms = self.milliseconds(dense), None
+        if w.query.dtype != torch.float32:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                flash_ms = self.milliseconds(dense)
+        measured = {"dense_ms": ms, "flash_ms": flash_ms, "offload_ms": ms + copy, "torch_ms": in_torch}
+        return measured | {"dense_error": dense_error}
 
 
 class StepUnderTest:

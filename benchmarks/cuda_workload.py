@@ -38,8 +38,8 @@ class Shape:
 
     def factor_bytes(self, config: LRQKConfig) -> int:
         """Factor pages that one step reads."""
-        full = self.length // config.page_size
-        return self.batch * full * self.kv_heads * self.page_format(config).page_bytes
+        sealed = (self.length - 1) // config.page_size
+        return self.batch * sealed * self.kv_heads * self.page_format(config).page_bytes
 
     def hot_bytes(self, config: LRQKConfig) -> int:
         """Hot slots of all requests."""

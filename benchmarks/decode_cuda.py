@@ -31,6 +31,7 @@ COLUMNS = {
     "attend_ms": "attend",
     "step_ms": "step",
     "dense_ms": "dense on GPU",
+    "flash_ms": "dense, flash",
     "offload_ms": "plain offload",
     "torch_ms": "step in torch",
     "error": "error",
@@ -115,7 +116,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     _, axes = plt.subplots(1, len(batches), figsize=(4 * len(batches), 4), sharey=True, squeeze=False)
     for axis, batch in zip(axes[0], batches):
         of_batch = [row for row in rows if row["batch"] == batch]
-        for key in ("step_ms", "dense_ms", "offload_ms", "torch_ms"):
+        for key in ("step_ms", "dense_ms", "flash_ms", "offload_ms", "torch_ms"):
             points = [(row["length"], row[key]) for row in of_batch if row.get(key) is not None]
             if points:
                 axis.loglog(*zip(*points), marker="o", label=COLUMNS[key])

@@ -1,6 +1,7 @@
 """Registering host memory in chunks, with a stand-in for CUDA's runtime."""
 
 import itertools
+import mmap
 
 import pytest
 import torch
@@ -29,11 +30,23 @@ class Runtime:
         return 0
 
 
+PAGE = mmap.PAGESIZE
+CHUNK = 3 * PAGE
+
+
+def memory_of(num_bytes: int) -> torch.Tensor:
+    """A tensor that begins in the middle of a page of the system, as torch's large ones do."""
+    whole = torch.zeros(num_bytes + PAGE, dtype=torch.uint8)
+    return whole[-whole.data_ptr() % PAGE + 64 :][: num_bytes - 64]
+
+
 def test_registers_every_byte_once() -> None:
-    runtime, tensor = Runtime(), torch.zeros(1000, dtype=torch.uint8)
-    memory = PinnedMemory(tensor, runtime, chunk_bytes=300)
-    start = tensor.data_ptr()
-    assert runtime.registered == {start: 300, start + 300: 300, start + 600: 300, start + 900: 100}
+    """No page belongs to two chunks: CUDA refuses a page that is registered already."""
+    runtime, tensor = Runtime(), memory_of(10 * PAGE)
+    memory = PinnedMemory(tensor, runtime, chunk_bytes=CHUNK)
+    base = tensor.data_ptr() - 64
+    starts = [base + 64, base + CHUNK, base + 2 * CHUNK, base + 3 * CHUNK]
+    assert runtime.registered == dict(zip(starts, [CHUNK - 64, CHUNK, CHUNK, PAGE]))
     assert runtime.flags == {3}  # portable and mapped
     assert memory.num_chunks == 4
     assert memory.release()
@@ -41,21 +54,64 @@ def test_registers_every_byte_once() -> None:
     assert not runtime.registered
 
 
+def test_a_chunk_has_a_page_at_least() -> None:
+    tensor, runtime = memory_of(3 * PAGE), Runtime()
+    PinnedMemory(tensor, runtime, chunk_bytes=1)
+    assert sum(runtime.registered.values()) == tensor.nbytes
+    assert len(runtime.registered) == 3
+
+
 def test_refusal_gives_back_what_it_has() -> None:
-    runtime = Runtime(limit=700)
+    runtime = Runtime(limit=7 * PAGE)
     with pytest.raises(RuntimeError, match=r"CUDA error 2: .* host memory could be registered"):
-        PinnedMemory(torch.zeros(1000, dtype=torch.uint8), runtime, chunk_bytes=300)
+        PinnedMemory(memory_of(10 * PAGE), runtime, chunk_bytes=CHUNK)
     assert not runtime.registered
+
+
+class Clock:
+    """Time that goes on by a second whenever somebody looks."""
+
+    def __init__(self) -> None:
+        self.seconds = itertools.count()
+
+    def monotonic(self) -> float:
+        return float(next(self.seconds))
 
 
 def test_release_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime()
-    memory = PinnedMemory(torch.zeros(1000, dtype=torch.uint8), runtime, chunk_bytes=100)
-    seconds = itertools.count()
-    monkeypatch.setattr(pinned.time, "monotonic", lambda: float(next(seconds)))
+    memory = PinnedMemory(memory_of(10 * PAGE), runtime, chunk_bytes=PAGE)
+    monkeypatch.setattr(pinned, "time", Clock())
     assert not memory.release(seconds=4)
     assert memory.num_chunks == len(runtime.registered) == 7
     assert memory.release(seconds=100)
+
+
+def test_release_of_all_layers_has_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left is kept until the end of the process: memory must not be freed while it is registered."""
+    runtime = Runtime()
+    memories = [PinnedMemory(memory_of(4 * PAGE), runtime, chunk_bytes=PAGE) for _ in range(3)]
+    monkeypatch.setattr(pinned, "time", Clock())
+    monkeypatch.setattr(pinned, "_left_over", [])
+    assert not pinned.release_all(memories, seconds=8)
+    assert 0 < len(runtime.registered) < 12
+    assert pinned._left_over
+    assert all(memory.num_chunks for memory in pinned._left_over)
+    assert pinned.release_all(memories, seconds=1000)
+    assert not runtime.registered
+
+
+def test_memory_goes_with_its_owner() -> None:
+    class Owner:
+        pass
+
+    runtime, owner = Runtime(), Owner()
+    memories = pinned.released_with(owner)
+    memories.append(PinnedMemory(memory_of(4 * PAGE), runtime))
+    assert runtime.registered
+    del owner
+    assert not runtime.registered
+    assert not memories
 
 
 def test_only_plain_cpu_memory() -> None:

@@ -20,7 +20,11 @@ TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 def make_source(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> ASTSource:
     """A kernel's source for arguments whose pointers and integers are multiples of 16, as Triton finds them to be."""
     signature = signature | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] in "*i"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name][0] in "*i" and not kernel.params[i].do_not_specialize
+    }
     return ASTSource(kernel, signature, constants, attrs=aligned)
 
 

@@ -6,6 +6,7 @@ Tested with vLLM 0.32.0.
 
 import functools
 import importlib.metadata
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -141,3 +142,28 @@ def forward_metadata(layer_name: str) -> Any:
     from vllm.forward_context import get_forward_context
 
     return get_forward_context().attn_metadata[layer_name]
+
+
+_released_at_shutdown: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def release_at_worker_shutdown(owner: Any) -> None:
+    """Call `owner.release()` when the worker that has `owner.vllm_config` has shut down (0.32)."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    _released_at_shutdown.add(owner)
+    original = Worker.shutdown
+    if getattr(original, "_lrqk", False):
+        return
+
+    @functools.wraps(original)
+    def shutdown(self: Any) -> None:
+        try:
+            original(self)
+        finally:
+            for registered in list(_released_at_shutdown):
+                if registered.vllm_config is self.vllm_config:
+                    registered.release()
+
+    shutdown._lrqk = True  # type: ignore[attr-defined]
+    Worker.shutdown = shutdown

@@ -30,8 +30,8 @@ def _top_columns(gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int) -> torch
     The published "topcol" adds the two; the product is what a coordinate brings to the scores, at any magnitudes.
     """
     size = gram_q.diagonal(dim1=-2, dim2=-1) * gram_k.diagonal(dim1=-2, dim2=-1)
-    columns = size.topk(rank, dim=-1).indices
-    return torch.nn.functional.one_hot(columns, gram_q.shape[-1]).mT.to(gram_q.dtype)
+    columns = size.topk(rank, dim=-1).indices[..., None, :]
+    return torch.zeros_like(gram_q[..., :rank]).scatter_(-2, columns, 1.0)
 
 
 def lrqk_projections(

@@ -6,14 +6,14 @@ from vllm_lrqk.attend import attend
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.counters import Counters
 from vllm_lrqk.hot_cache import HotCache
-from vllm_lrqk.ops import kernels_for
+from vllm_lrqk.ops import Kernels, kernels_for
 from vllm_lrqk.page import FactorPages
 from vllm_lrqk.prefill import query_grams
 from vllm_lrqk.step import PrefillChunk, Step
 
 
-class LayerState:
-    """Factor pages, host pages and, where device and host memory differ, the hot cache of one layer.
+class Layer:
+    """Factor pages, host pages and the hot cache, if there is one, of one layer; how it handles prefill chunks.
 
     Args:
         host: [num_pages, KV, N, 2, d].
@@ -28,6 +28,7 @@ class LayerState:
         scale: float,
         config: LRQKConfig,
         counters: Counters,
+        kernels: Kernels,
     ) -> None:
         self.factors = factors
         self.host = host
@@ -35,7 +36,7 @@ class LayerState:
         self.scale = scale
         self.config = config
         self.counters = counters
-        self.kernels = kernels_for(host.device)
+        self.kernels = kernels
 
     @property
     def hot_bytes_per_request(self) -> int:
@@ -44,6 +45,44 @@ class LayerState:
             return 0
         blocks = self.hot.format.blocks_for(self.config.num_hot_rows)
         return blocks * self.hot.format.block_bytes * self.host.shape[1]
+
+    def _prefill(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: PrefillChunk, output: torch.Tensor
+    ) -> None:
+        tokens = slice(chunk.start, chunk.end)
+        self.kernels.prefill_attention(
+            query[tokens],
+            key[tokens],
+            value[tokens],
+            self.host,
+            chunk.pages,
+            chunk.context_len,
+            self.scale,
+            output[tokens],
+        )
+        if chunk.filled:
+            indices, starts, ends = (list(column) for column in zip(*chunk.filled))
+            grams = None
+            if self.config.factorization == "lrqk":
+                grams = query_grams(query[tokens], key.shape[1], starts, ends)
+            pages = chunk.pages[indices[0] : indices[-1] + 1].long()
+            self.kernels.seal_pages(pages, self.host, self.factors, grams, self.config)
+            self.counters.pages_sealed += len(indices)
+
+
+class LayerState(Layer):
+    """A layer whose steps run on the host's memory: the CPU platform, in plain torch or with its kernels."""
+
+    def __init__(
+        self,
+        factors: FactorPages,
+        host: torch.Tensor,
+        hot: HotCache | None,
+        scale: float,
+        config: LRQKConfig,
+        counters: Counters,
+    ) -> None:
+        super().__init__(factors, host, hot, scale, config, counters, kernels_for(host.device))
 
     def forward(
         self,
@@ -68,28 +107,6 @@ class LayerState:
             self._prefill(query, key, value, chunk, output)
         if step.decode is not None:
             self._decode(query, step, hot_table, output)
-
-    def _prefill(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: PrefillChunk, output: torch.Tensor
-    ) -> None:
-        tokens = slice(chunk.start, chunk.end)
-        self.kernels.prefill_attention(
-            query[tokens],
-            key[tokens],
-            value[tokens],
-            self.host,
-            chunk.pages,
-            chunk.context_len,
-            self.scale,
-            output[tokens],
-        )
-        if chunk.filled:
-            indices, starts, ends = (list(column) for column in zip(*chunk.filled))
-            grams = None
-            if self.config.factorization == "lrqk":
-                grams = query_grams(query[tokens], key.shape[1], starts, ends)
-            self.kernels.seal_pages(chunk.pages[indices].long(), self.host, self.factors, grams, self.config)
-            self.counters.pages_sealed += len(indices)
 
     def _decode(self, query: torch.Tensor, step: Step, hot_table: torch.Tensor | None, output: torch.Tensor) -> None:
         decode = step.decode

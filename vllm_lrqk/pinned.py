@@ -5,7 +5,10 @@ release give the rest up when its time is over: the operating system takes regis
 """
 
 import logging
+import mmap
 import time
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +16,8 @@ import torch
 logger = logging.getLogger(__name__)
 CHUNK_BYTES = 4 << 30
 RELEASE_SECONDS = 10.0
+MAX_PINNED_SHARE = 0.8
+"""Of the free host memory: what is registered cannot be swapped out."""
 _REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
@@ -21,6 +26,14 @@ class Runtime(Protocol):
 
     def cudaHostRegister(self, pointer: int, num_bytes: int, flags: int) -> Any: ...
     def cudaHostUnregister(self, pointer: int) -> Any: ...
+
+
+def chunk_starts(start: int, end: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    """First and past-the-last address of each chunk; only at the ends does a chunk share a page of the system."""
+    while start < end:
+        stop = max(start + chunk_bytes, start + mmap.PAGESIZE) // mmap.PAGESIZE * mmap.PAGESIZE
+        yield start, min(stop, end)
+        start = stop
 
 
 class PinnedMemory:
@@ -41,8 +54,8 @@ class PinnedMemory:
         self._runtime = runtime
         self._chunks: list[int] = []
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        for pointer in range(start, end, chunk_bytes):
-            error = int(runtime.cudaHostRegister(pointer, min(chunk_bytes, end - pointer), _REGISTER_FLAGS))
+        for pointer, stop in chunk_starts(start, end, chunk_bytes):
+            error = int(runtime.cudaHostRegister(pointer, stop - pointer, _REGISTER_FLAGS))
             if error:
                 self.release()
                 raise RuntimeError(
@@ -66,6 +79,30 @@ class PinnedMemory:
         if self._chunks:
             logger.warning("%d chunks of host memory are left to the end of the process.", len(self._chunks))
         return not self._chunks
+
+
+_left_over: list[PinnedMemory] = []
+"""Memory that could not be given back in time: freeing it while it is registered is not allowed."""
+
+
+def release_all(memories: Iterable[PinnedMemory], seconds: float = RELEASE_SECONDS) -> bool:
+    """Give back the memory of several tensors, for `seconds` in all; what is left stays to the end of the process."""
+    deadline = time.monotonic() + seconds
+    left = [memory for memory in memories if not memory.release(max(0.0, deadline - time.monotonic()))]
+    _left_over.extend(left)
+    return not left
+
+
+def released_with(owner: Any) -> list[PinnedMemory]:
+    """A list for registered memory that is given back when `owner` is collected; the end of the process needs none."""
+    memories: list[PinnedMemory] = []
+    weakref.finalize(owner, _release_and_forget, memories).atexit = False
+    return memories
+
+
+def _release_and_forget(memories: list[PinnedMemory]) -> None:
+    release_all(memories)
+    memories.clear()
 
 
 def device_address(tensor: torch.Tensor, operators: Any) -> int:

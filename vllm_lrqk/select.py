@@ -22,8 +22,11 @@ class Selection:
 
 
 def candidate_range(seq_lens: torch.Tensor, config: LRQKConfig) -> tuple[int, torch.Tensor]:
-    """First candidate and, int64 [B], the end of the candidates: sealed tokens that are neither sink nor recent."""
-    sealed = seq_lens.long() // config.page_size * config.page_size
+    """First candidate and, int64 [B], the end of the candidates: sealed tokens that are neither sink nor recent.
+
+    A page that the current token fills counts as sealed from the next step on.
+    """
+    sealed = (seq_lens.long() - 1).clamp_min(0) // config.page_size * config.page_size
     return config.sink_tokens, torch.minimum(sealed, (seq_lens.long() - config.recent_tokens).clamp_min(0))
 
 

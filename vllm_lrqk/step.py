@@ -38,7 +38,7 @@ class PrefillChunk:
     pages: torch.Tensor
     """int32 [P], the request's pages in order."""
     filled: list[tuple[int, int, int]] = field(default_factory=list)
-    """Pages that the chunk fills: (index in `pages`, first and past-the-last of its tokens inside the chunk)."""
+    """Pages that the chunk fills, one after the other: (index in `pages`, first and past-the-last of its tokens)."""
 
 
 @dataclass
@@ -52,6 +52,16 @@ class Step:
     prefill: list[PrefillChunk]
     number: int = 0
     """Counts steps; the hot cache's clock."""
+
+
+def prefill_chunk(start: int, end: int, length: int, pages: torch.Tensor, page_size: int) -> PrefillChunk:
+    """The chunk of tokens start ... end - 1 of a step, the last of a request that has `length` tokens by then."""
+    context_len = length - (end - start)
+    chunk = PrefillChunk(start, end, context_len, pages)
+    for page in range(context_len // page_size, length // page_size):
+        first = max(page * page_size - context_len, 0)
+        chunk.filled.append((page, first, (page + 1) * page_size - context_len))
+    return chunk
 
 
 def build_step(
@@ -81,12 +91,7 @@ def build_step(
         if end - start == 1 and not is_prefilling[row]:
             decode_rows.append(row)
         elif end > start:
-            context_len = lens[row] - (end - start)
-            chunk = PrefillChunk(start, end, context_len, block_table[row])
-            for page in range(context_len // page_size, lens[row] // page_size):
-                first = max(page * page_size - context_len, 0)
-                chunk.filled.append((page, first, (page + 1) * page_size - context_len))
-            prefill.append(chunk)
+            prefill.append(prefill_chunk(start, end, lens[row], block_table[row], page_size))
     decode = None
     if decode_rows:
         rows = torch.tensor(decode_rows)

@@ -58,7 +58,7 @@ inline Item make_item(const DecodeArgs& a, int64_t index) {
   item.table = a.block_table + item.request * a.block_table_stride;
   item.seq_len = a.seq_lens[item.request];
   item.first = a.sink_tokens;
-  item.end = smaller(item.seq_len / n * n, larger<int64_t>(item.seq_len - a.recent_tokens, 0));
+  item.end = smaller((item.seq_len - 1) / n * n, larger<int64_t>(item.seq_len - a.recent_tokens, 0));
   const int64_t candidates = larger<int64_t>(item.end - item.first, 0);
   item.first_page = item.first / n;
   item.num_pages = candidates ? ceil_div(item.end, n) : 0;

@@ -3,7 +3,8 @@
 // Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, N page tokens, P pages that a row of the
 // block table has room for, r rank, T tokens of a step, R places for attended rows, S hot slots of a request.
 // Innermost dimensions are contiguous; strides are in elements unless they say bytes. A request of length 0 is
-// padding: no kernel reads a page or writes a slot for it.
+// padding: no kernel reads a page or writes a slot for it. Pages from num_pages on have no host memory (the framework's
+// own warm-up names some): nothing is read or written for them.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -105,7 +106,7 @@ struct HostArgs {
   uint8_t* data;                      // [num_pages, KV, N, 2, d], memory that the device can read and write
   int64_t page_stride, head_stride;  // bytes
   int row_bytes;                      // 2 * d * itemsize, a multiple of 16
-  int page_size;
+  int page_size, num_pages;
 };
 
 struct FetchArgs {

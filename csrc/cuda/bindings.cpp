@@ -65,7 +65,7 @@ HostArgs host_pages(const Tensor& host) {
                   "the rows of host pages must be contiguous");
   STD_TORCH_CHECK(2 * d * bytes % 16 == 0, "a row of host pages must be a multiple of 16 bytes");
   return {static_cast<uint8_t*>(host.data_ptr()), host.stride(0) * bytes, host.stride(1) * bytes,
-          static_cast<int>(2 * d * bytes), static_cast<int>(host.size(2))};
+          static_cast<int>(2 * d * bytes), static_cast<int>(host.size(2)), static_cast<int>(host.size(0))};
 }
 
 void cuda_select(const Tensor query, const Tensor factors, const Tensor block_table, const Tensor seq_lens,

@@ -6,6 +6,7 @@
 namespace lrqk::cuda {
 
 // Sealed tokens that are neither sink nor recent, as candidate_range in vllm_lrqk/select.py; empty: first = end = 0.
+// The page that the current token fills is sealed after this step, which may be a graph.
 struct Candidates {
   int first, end;
   __device__ int count() const { return end - first; }
@@ -14,7 +15,7 @@ struct Candidates {
 
 __device__ inline Candidates candidates_of(const SelectArgs& a, int request) {
   const int length = a.seq_lens[request];
-  const int sealed = length / a.page_size * a.page_size;
+  const int sealed = larger(length - 1, 0) / a.page_size * a.page_size;
   const int end = smaller(sealed, larger(length - a.recent_tokens, 0));
   return end > a.sink_tokens ? Candidates{a.sink_tokens, end} : Candidates{0, 0};
 }

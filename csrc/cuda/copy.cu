@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendArgs a) {
   const int token = blockIdx.x * kWarps + warp_index();
   if (token >= a.tokens) return;
   const int64_t slot = a.slots[token];
-  if (slot < 0) return;
+  if (slot < 0 || slot / a.host.page_size >= a.host.num_pages) return;
   if (a.generation && slot % a.host.page_size == 0 && lane_index() == 0) ++a.generation[slot / a.host.page_size];
   for (int head = 0; head < a.kv_heads; ++head) {
     join_row(host_row(a.host, slot, head), a.key + token * a.key_token_stride + head * a.key_head_stride,
@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendArgs a) {
 
 // Grid: (pieces, KV, M); a block's threads copy neighbouring 16 bytes.
 __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherArgs a) {
+  if (a.pages[blockIdx.z] >= a.host.num_pages) return;
   const int64_t bytes = static_cast<int64_t>(a.host.page_size) * a.host.row_bytes;
   const uint8_t* from = a.host.data + a.pages[blockIdx.z] * a.host.page_stride + blockIdx.y * a.host.head_stride;
   uint8_t* to = a.output + (static_cast<int64_t>(blockIdx.z) * a.kv_heads + blockIdx.y) * bytes;

@@ -58,14 +58,21 @@ __device__ inline int host_row_of(const ResolveArgs& a, const Item& item, int po
   return page * a.page_size + position % a.page_size;
 }
 
+// The host row of a wanted place, or -1: nothing is wanted, or its page has no host memory.
+__device__ inline int wanted_row(const ResolveArgs& a, const Item& item, int position) {
+  if (position < 0) return -1;
+  const int row = host_row_of(a, item, position);
+  return row / a.page_size < a.num_host_pages ? row : -1;
+}
+
 // Addresses of the rows that are there; the places of the others, in order, go to miss_place. Returns how many.
 __device__ inline int look_up(const ResolveArgs& a, const Item& item, int now) {
   const int64_t first = item.index * a.places;
   int hits = 0, misses = 0;
   for (int base = 0; base < a.places; base += blockDim.x) {
     const int i = base + static_cast<int>(threadIdx.x);
-    const int position = i < a.places ? a.rows[first + i] : -1;
-    const int found = position >= 0 ? find_slot(a, item, host_row_of(a, item, position)) : -1;
+    const int row = wanted_row(a, item, i < a.places ? a.rows[first + i] : -1);
+    const int found = row >= 0 ? find_slot(a, item, row) : -1;
     if (i < a.places) {
       a.address[first + i] = -1;
       a.miss_address[first + i] = -1;
@@ -78,8 +85,8 @@ __device__ inline int look_up(const ResolveArgs& a, const Item& item, int now) {
       ++hits;
     }
     int total;
-    const int turn = misses + block_scan(position >= 0 && found < 0, total);
-    if (position >= 0 && found < 0) a.miss_place[first + turn] = i;
+    const int turn = misses + block_scan(row >= 0 && found < 0, total);
+    if (row >= 0 && found < 0) a.miss_place[first + turn] = i;
     misses += total;
   }
   hits = block_sum(hits);

@@ -4,12 +4,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from vllm_lrqk.config import ConfigError
+from vllm_lrqk.device_step import DeviceStep, build_device_step
+from vllm_lrqk.integration.device import device_operators
+from vllm_lrqk.integration.device_worker import DeviceWorkerState
 from vllm_lrqk.integration.spec import FactorSpec, HotSpec, factor_spec
 from vllm_lrqk.integration.startup import host_plan, read_config
+from vllm_lrqk.integration.worker import WorkerState
 from vllm_lrqk.plugin import BACKEND, HOT_BACKEND
 from vllm_lrqk.step import Step, build_step
 
@@ -47,6 +56,10 @@ class LRQKBackend(AttentionBackend):
         return False
 
     @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability is None or capability.major >= 8
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if isinstance(spec, FactorSpec):
             return spec
@@ -71,38 +84,62 @@ class HotBackend(LRQKBackend):
         return spec
 
 
-class StepBuilder(AttentionMetadataBuilder[Step]):
-    """Derives a Step from vLLM's metadata, once per forward pass, and the state that the layers share."""
+def cudagraph_support(vllm_config: Any) -> AttentionCGSupport:
+    """Batches of one token per request can be captured whole; the CPU platform has no graphs."""
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    return AttentionCGSupport.NEVER if is_cpu else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+class StepBuilder(AttentionMetadataBuilder[Step | DeviceStep]):
+    """Derives a step from vLLM's metadata, once per forward pass, and the state that the layers share."""
 
     reorder_batch_threshold = None
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
-        from vllm_lrqk.integration.worker import WorkerState
-
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         assert isinstance(kv_cache_spec, FactorSpec)
-        self.worker = WorkerState(kv_cache_spec, layer_names, vllm_config)
-        for name in layer_names:
-            vllm_config.compilation_config.static_forward_context[name].impl.worker = self.worker
+        impls = [vllm_config.compilation_config.static_forward_context[name].impl for name in layer_names]
+        for impl in impls:
+            impl.worker = impl.state = None  # of an earlier pool: its host memory goes before the next is taken
+        self.worker: WorkerState
+        operators = device_operators()
+        if operators is None:
+            self.worker = WorkerState(kv_cache_spec, layer_names, vllm_config)
+        else:
+            self.worker = DeviceWorkerState(kv_cache_spec, layer_names, vllm_config, device, operators)
+            self.reorder_batch_threshold = 1  # requests with one token come first
+        for impl in impls:
+            impl.worker = self.worker
         self.page_size = kv_cache_spec.block_size
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        return cudagraph_support(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Step:
-        common = common_attn_metadata
+    ) -> Step | DeviceStep:
+        return self._build(common_attn_metadata, is_capture=False)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Step | DeviceStep:
+        # Replays read the lengths from the same memory; until then all requests are padding, which no kernel touches.
+        common_attn_metadata.seq_lens.zero_()
+        return self._build(common_attn_metadata, is_capture=True)
+
+    def _build(self, common: CommonAttentionMetadata, is_capture: bool) -> Step | DeviceStep:
+        query_starts, table, page_size = common.query_start_loc_cpu.tolist(), common.block_table_tensor, self.page_size
+        if isinstance(self.worker, DeviceWorkerState):
+            assert common.seq_lens_cpu_upper_bound is not None
+            lens = common.seq_lens_cpu_upper_bound.tolist()
+            step = build_device_step(query_starts, lens, table, common.seq_lens, common.slot_mapping, page_size)
+            self.worker.begin_step(step, is_capture)
+            return step
         assert common.is_prefilling is not None
-        number = self.worker.next_step(common.block_table_tensor, common.seq_lens)
-        return build_step(
-            common.query_start_loc_cpu.tolist(),
-            common.seq_lens,
-            common.is_prefilling.tolist(),
-            common.block_table_tensor,
-            common.slot_mapping,
-            self.page_size,
-            number,
-        )
+        prefilling, slots = common.is_prefilling.tolist(), common.slot_mapping
+        number = self.worker.next_step(table, common.seq_lens)
+        return build_step(query_starts, common.seq_lens, prefilling, table, slots, page_size, number)
 
 
 @dataclass
@@ -124,6 +161,10 @@ class HotTableBuilder(AttentionMetadataBuilder[HotTable]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         assert isinstance(kv_cache_spec, HotSpec)
         self.blocks_per_request = kv_cache_spec.blocks_per_request
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        return cudagraph_support(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -11,13 +11,14 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lrqk import compat
 from vllm_lrqk.capture import LayerCapture
+from vllm_lrqk.device_layer import DeviceLayerState
 from vllm_lrqk.integration.backend import HotBackend, LRQKBackend
 from vllm_lrqk.integration.checks import check_layer
+from vllm_lrqk.integration.device import device_operators, make_decode_path
 from vllm_lrqk.integration.spec import HotSpec, hot_spec
 from vllm_lrqk.integration.startup import host_plan, kv_dtype, read_config, uses_hot_cache
 from vllm_lrqk.integration.worker import WorkerState
 from vllm_lrqk.layer import LayerState
-from vllm_lrqk.step import Step
 
 
 class HotLayer(nn.Module, AttentionLayerBase):
@@ -61,8 +62,9 @@ class LRQKImpl(AttentionImpl):
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self.worker: WorkerState | None = None
-        self.state: LayerState | None = None
+        self.state: LayerState | DeviceLayerState | None = None
         self.capture: LayerCapture | None = None
+        self.decode_path: Any = None
         self.hot_name: str | None = None
         self._vllm_config = LRQKBackend.vllm_config = get_current_vllm_config()
 
@@ -78,8 +80,9 @@ class LRQKImpl(AttentionImpl):
             if len(bound) == len(expected):
                 assert self.worker is not None
                 hot = None if self.hot_name is None else bound[self.hot_name]
-                self.state = self.worker.create_state(own_name, bound[own_name], hot, self.scale)
+                self.state = self.worker.create_state(own_name, bound[own_name], hot, self.scale, self.decode_path)
                 self.capture = self.worker.create_capture(own_name, self.num_heads, self.scale)
+                bound.clear()  # vLLM binds once for profiling and once for good
 
         compat.on_kv_cache_bound(own_layer, partial(on_bound, own_name))
         if uses_hot_cache(read_config(self._vllm_config)):
@@ -87,6 +90,20 @@ class LRQKImpl(AttentionImpl):
             expected.append(self.hot_name)
             layers[self.hot_name] = HotLayer(self.num_kv_heads, self.head_size)
             compat.on_kv_cache_bound(layers[self.hot_name], partial(on_bound, self.hot_name))
+        operators = device_operators()
+        if operators is not None:
+            self.decode_path = self._shared_decode_path(operators, layers)
+
+    def _shared_decode_path(self, operators: Any, layers: dict[str, Any]) -> Any:
+        """The decode path of the other layers of this worker, if they have this layer's shapes, or a new one."""
+        shape = (self.num_heads, self.num_kv_heads, self.head_size)
+        for layer in layers.values():
+            impl = getattr(layer, "impl", None)
+            if isinstance(impl, LRQKImpl) and impl.decode_path is not None:
+                path = impl.decode_path
+                if (path.heads, path.kv_heads, path.head_size) == shape:
+                    return path
+        return make_decode_path(operators, self._vllm_config, read_config(self._vllm_config), *shape)
 
     def forward(
         self,
@@ -95,7 +112,7 @@ class LRQKImpl(AttentionImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: Step | None,
+        attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -105,7 +122,7 @@ class LRQKImpl(AttentionImpl):
         Args:
             query, output: [T, H, d].
             key, value: [T, KV, d].
-            attn_metadata: None in a profiling run, which leaves zeros.
+            attn_metadata: the builder's `Step` or `DeviceStep`; None in a profiling run, which leaves zeros.
         """
         if attn_metadata is None or self.state is None:
             return output.zero_()

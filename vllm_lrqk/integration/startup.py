@@ -10,6 +10,7 @@ from vllm_lrqk import compat
 from vllm_lrqk.config import ConfigError, LRQKConfig
 from vllm_lrqk.host_store import DEFAULT_MEMORY_SHARE, GIB, free_host_memory, host_page_bytes
 from vllm_lrqk.integration.checks import check_model, check_selector
+from vllm_lrqk.integration.device import check_device, check_pinned_share
 from vllm_lrqk.integration.spec import hot_format, page_format
 from vllm_lrqk.plugin import BACKEND
 
@@ -113,6 +114,10 @@ def prepare(vllm_config: Any) -> None:
         )
     cache.block_size, cache.user_specified_block_size = config.page_size, True
 
+    if vllm_config.device_config.device_type != "cpu":
+        check_device(vllm_config, config)
+        if config.host_memory_gib is not None and getattr(additional, "host_memory_bytes", None) is None:
+            check_pinned_share(int(config.host_memory_gib * GIB), free_host_memory())
     settings = ResolvedSettings(additional if isinstance(additional, dict) else {})
     settings.host_memory_bytes = host_plan(vllm_config).memory_bytes
     vllm_config.additional_config = settings

@@ -42,7 +42,8 @@ class DecodePath:
         device: torch.device,
     ) -> None:
         self.config = config
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads, self.kv_heads, self.head_size = heads, kv_heads, hot_format.head_size
+        self.hot_blocks_per_request = hot_blocks_per_request
         self.workspace = SelectWorkspace(operators, max_requests, max_pages, heads, kv_heads, config, device)
         slots = hot_blocks_per_request * hot_format.rows_per_block
         self.resolved = Resolved.allocate(max_requests, kv_heads, config.attended_rows, slots, device)
@@ -71,8 +72,7 @@ class DecodePath:
     ) -> Selection:
         """Store one token per request and attend; returns what it attended to, valid until the next step.
 
-        Select counts a page that these tokens fill as sealed: where there is one, call `hot.append`, seal the page and
-        call `attend` instead.
+        A page that these tokens fill has to be sealed before the next step.
 
         Args:
             slots: int64 [B], page id * N + offset of each token; negative for padding.
@@ -129,3 +129,48 @@ class DecodePath:
         self.copy_stream.wait_stream(torch.cuda.current_stream(key.device))
         with torch.cuda.stream(self.copy_stream):
             hot.fetch(host, key, value, resolved)
+
+    def warm_up(self, host: torch.Tensor, factors: FactorPages, hot: DeviceHotCache, scale: float) -> None:
+        """Run steps of padding alone, one for each program that Triton compiles for some number of requests."""
+        compiled: set[int] = set()
+        for requests in range(1, self.workspace.max_requests + 1):
+            program = triton_attend.parts_block(2 * self._splits(requests))
+            if program in compiled:
+                continue
+            compiled.add(program)
+
+            def zeros(*shape: int, dtype: torch.dtype, requests: int = requests) -> torch.Tensor:
+                return torch.zeros(requests, *shape, dtype=dtype, device=factors.raw.device)
+
+            query = zeros(self.heads, self.head_size, dtype=host.dtype)
+            row = zeros(self.kv_heads, self.head_size, dtype=host.dtype)
+            table = zeros(self.workspace.max_pages, dtype=torch.int32)
+            hot_blocks = zeros(self.hot_blocks_per_request, dtype=torch.int32)
+            lens = zeros(dtype=torch.int32)
+            self.attend(query, row, row, host, factors, hot, table, hot_blocks, lens, scale, torch.empty_like(query))
+
+
+STEP_MEMORY_BYTES = 512 << 20
+
+
+def requests_at_once(
+    operators: Any,
+    max_requests: int,
+    max_pages: int,
+    heads: int,
+    kv_heads: int,
+    hot_slots: int,
+    config: LRQKConfig,
+    memory_bytes: int = STEP_MEMORY_BYTES,
+) -> int:
+    """How many requests one `DecodePath` should serve at a time, so that its memory stays within `memory_bytes`.
+
+    Args:
+        hot_slots: of one request and KV head.
+    """
+    meta = torch.device("meta")
+    one = SelectWorkspace(operators, 1, max_pages, heads, kv_heads, config, meta).nbytes
+    one += Resolved.allocate(1, kv_heads, config.attended_rows, hot_slots, meta).nbytes
+    count = max(1, min(max_requests, memory_bytes // one))
+    # Parts of the block table start at multiples of 16 bytes, whatever its width: Triton compiles others anew.
+    return count if count < 4 or count == max_requests else count // 4 * 4

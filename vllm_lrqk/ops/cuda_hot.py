@@ -68,16 +68,23 @@ class DeviceHotCache(HotCache):
     Args:
         raw: uint8 [num_blocks, KV, block_bytes].
         num_host_pages: pages of the host tier.
+        counters: int64 [2], zero: rows hit and rows missed, over all steps; the current tokens' rows are no misses.
     """
 
-    def __init__(self, operators: Any, raw: torch.Tensor, hot_format: HotFormat, num_host_pages: int) -> None:
+    def __init__(
+        self,
+        operators: Any,
+        raw: torch.Tensor,
+        hot_format: HotFormat,
+        num_host_pages: int,
+        counters: torch.Tensor | None = None,
+    ) -> None:
         super().__init__(raw, hot_format, num_host_pages)
         self.operators = operators
         self.raw = raw
         self.generation = self.generation.to(raw.device)
         self.clock = torch.zeros(1, dtype=torch.int32, device=raw.device)
-        self.counters = torch.zeros(2, dtype=torch.int64, device=raw.device)
-        """Rows hit and rows missed, over all steps; the current tokens' rows are no misses."""
+        self.counters = torch.zeros(2, dtype=torch.int64, device=raw.device) if counters is None else counters
 
     @property
     def rows(self) -> torch.Tensor:

@@ -20,7 +20,7 @@ ROWS_PER_TILE = 64
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "first_part"])
 def _attend_kernel(
     query,  # [B, H, d]
     base,  # rows at `address`
@@ -112,7 +112,7 @@ def _attend_kernel(
     tl.store(part_output + part_at, output, mask=is_head[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _combine_kernel(
     part_output,
     part_max,
@@ -169,6 +169,11 @@ class Parts:
 def num_splits(items: int, places: int, multiprocessors: int) -> int:
     """Programs per (request, KV head): enough to fill the device twice, none of them without a tile."""
     return max(1, min(-(-2 * multiprocessors // max(items, 1)), -(-places // ROWS_PER_TILE)))
+
+
+def parts_block(parts: int) -> int:
+    """The size that `combine` is compiled for; all else depends on the layer's shapes alone."""
+    return triton.next_power_of_2(parts)
 
 
 def allocate_parts(requests: int, kv_heads: int, parts: int, group: int, head_size: int, device: torch.device) -> Parts:
@@ -252,7 +257,7 @@ def combine(parts: Parts, output: torch.Tensor) -> None:
         GROUP=parts.output.shape[2],
         HEAD_SIZE=head_size,
         HEAD_BLOCK=max(16, triton.next_power_of_2(head_size)),
-        PARTS_BLOCK=triton.next_power_of_2(parts.output.shape[1]),
+        PARTS_BLOCK=parts_block(parts.output.shape[1]),
     )
 
 
