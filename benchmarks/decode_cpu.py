@@ -5,7 +5,8 @@
 32 query heads, 8 KV heads, head size 128, bfloat16, default settings. Every call reads another copy of the layer
 until 128 MiB have passed, so that nothing stays in the caches that would not stay there in a model. Times are medians.
 Errors are relative to attention in float32. The floor is the bytes that a step has to read over the memory bandwidth
-that this process measures.
+that this process measures. "select" is the selection alone (scores, top-k, residual sums), which a decode step
+contains; its floor is the factor pages.
 """
 
 import argparse
@@ -58,11 +59,13 @@ def step_bytes(length: int, batch: int, rows: int, page_bytes: int, config: LRQK
     row_bytes = 2 * HEAD_SIZE * DTYPE.itemsize
     candidates = min(length // config.page_size * config.page_size, length - config.recent_tokens) - config.sink_tokens
     pages = batch * KV_HEADS * -(-candidates // config.page_size) if candidates > config.top_k else 0
-    return {"lrqk": rows * row_bytes + pages * page_bytes, "cpu_attn": batch * length * KV_HEADS * row_bytes}
+    factor_bytes = pages * page_bytes
+    dense_bytes = batch * length * KV_HEADS * row_bytes
+    return {"lrqk": rows * row_bytes + factor_bytes, "cpu_attn": dense_bytes, "select": factor_bytes}
 
 
 def measure(length: int, batch: int, config: LRQKConfig) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
-    """Median milliseconds, relative errors and bytes of both backends."""
+    """Median milliseconds of both backends and of LRQK's selection alone, their relative errors and bytes."""
     kernels = kernels_for(torch.device("cpu"))
     layer = make_layer(length, batch, config, DTYPE, kernels)
     copies = -(-COLD_BYTES // layer.cpu_attn_cache.nbytes)
@@ -81,11 +84,15 @@ def measure(length: int, batch: int, config: LRQKConfig) -> tuple[dict[str, floa
     def dense(now) -> None:  # type: ignore[no-untyped-def]
         cpu_attn(now.query, now.cpu_attn_cache, now.block_table, outputs["cpu_attn"])
 
-    times: dict[str, list[float]] = {"lrqk": [], "cpu_attn": []}
+    def select(now) -> None:  # type: ignore[no-untyped-def]
+        kernels.select(now.query, now.factors, now.block_table, now.seq_lens, SCALE, config)
+
+    calls_by_name = {"lrqk": lrqk, "cpu_attn": dense, "select": select}
+    times: dict[str, list[float]] = {name: [] for name in calls_by_name}
     calls, spent = 0, 0.0
     while calls < 15 + copies or spent < SECONDS:
         now = layers[calls % copies]
-        for name, call in (("lrqk", lrqk), ("cpu_attn", dense)):
+        for name, call in calls_by_name.items():
             start = perf_counter()
             call(now)
             taken = perf_counter() - start
@@ -141,17 +148,17 @@ def main() -> None:
     bandwidth = read_bandwidth()
     name = kernels_for(torch.device("cpu")).name
     title = f"{name}, {arguments.threads} threads, {bandwidth / 1e9:.1f} GB/s read"
-    table = Table(
-        "tokens", "batch", "lrqk ms", "floor ms", "error", "cpu_attn ms", "floor ms", "error", "speed-up", title=title
-    )
+    headings = ("lrqk ms", "floor ms", "error", "select ms", "floor ms", "cpu_attn ms", "floor ms", "error", "speed-up")
+    table = Table("tokens", "batch", *headings, title=title)
     records: list[dict] = []
     for length, batch in tqdm(cases, desc="cases"):
         times, errors, needed = measure(length, batch, config)
         floors = {backend: size / bandwidth * 1e3 for backend, size in needed.items()}
         speed_up = f"{times['cpu_attn'] / times['lrqk']:.2f}" if is_green else "-"
-        cells = [f"{x:.3g}" for backend in times for x in (times[backend], floors[backend], errors[backend])]
-        table.add_row(f"{length:,}", str(batch), *cells, speed_up)
-        for backend in times:
+        numbers = [times["lrqk"], floors["lrqk"], errors["lrqk"], times["select"], floors["select"]]
+        numbers += [times["cpu_attn"], floors["cpu_attn"], errors["cpu_attn"]]
+        table.add_row(f"{length:,}", str(batch), *(f"{number:.3g}" for number in numbers), speed_up)
+        for backend in errors:
             records.append(
                 {
                     "length": length,
@@ -162,6 +169,7 @@ def main() -> None:
                     "floor_ms": floors[backend],
                     "relative_error": errors[backend],
                 }
+                | ({"select_ms": times["select"]} if backend == "lrqk" else {})
             )
     Console(width=120).print(table)
     if arguments.json:
