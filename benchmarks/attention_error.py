@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -55,20 +56,24 @@ CONFIGURATIONS: dict[str, dict | PublishedSettings] = {
     "page size 64": paged(page_size=64),
     "page size 128": paged(page_size=128),
     "page size 512": paged(page_size=512),
+    "16 recent tokens": paged(recent_tokens=16),
+    "256 recent tokens": paged(recent_tokens=256),
+    "no sink tokens": paged(sink_tokens=0),
+    **{f"top_k 1024, top_p {share}": paged(top_k=1024, top_p=share) for share in (0.9, 0.8, 0.7, 0.6)},
     "16 tokens' queries": paged(first_chunk=240),
 }
 
 
 def measure(qkv: QKV, dense: torch.Tensor, steps: int, configuration: dict | PublishedSettings) -> dict[str, float]:
-    """Mean and worst head's relative error, and GPU bytes, of one configuration."""
+    """Mean and worst head's relative error, GPU bytes and, of ours, rows attended per step and KV head."""
     if isinstance(configuration, PublishedSettings):
         output, published, _ = published_decode(qkv, steps, configuration)
-        device_bytes = published.device_bytes()
+        figures = {"device_bytes": published.device_bytes()}
     else:
         output, layer = paged_decode(qkv, steps, **configuration)
-        device_bytes = layer.device_bytes()
+        figures = {"device_bytes": layer.device_bytes(), "rows_attended": fmean(layer.rows_attended)}
     error = relative_error(output, dense)
-    return {"error": float(error.mean()), "worst_head": float(error.mean(0).max()), "device_bytes": device_bytes}
+    return {"error": float(error.mean()), "worst_head": float(error.mean(0).max()), **figures}
 
 
 def print_table(results: dict[str, dict[str, dict[str, float]]]) -> None:

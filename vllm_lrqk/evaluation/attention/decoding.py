@@ -54,6 +54,8 @@ class PagedLayer:
         self.host = torch.full((num_pages, kv_heads, config.page_size, 2, d), torch.nan, dtype=qkv.key.dtype)
         self.pages = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))
         self.num_tokens = 0
+        self.rows_attended: list[float] = []
+        """Mean over the KV heads, of each decode step."""
 
     def append(self, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None) -> None:
         """Write tokens [T, KV, d] and seal the pages that they fill; `query` [T, H, d] are the queries at hand."""
@@ -76,6 +78,7 @@ class PagedLayer:
         length = torch.tensor([self.num_tokens])
         selection = select(query, self.factors, table, length, self.scale, self.config)
         rows_kv = gather_rows(self.host, table, selection.rows)
+        self.rows_attended.append(float((selection.rows >= 0).sum(-1).float().mean()))
         return attend(query, rows_kv, selection, self.factors, table, self.scale)[0], selection.rows[0]
 
     def device_bytes(self) -> int:
