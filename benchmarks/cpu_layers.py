@@ -55,7 +55,7 @@ def make_layer(
     num_pages = -(-length // n)
     pool = batch * num_pages
     host = allocate_host_pages(pool, KV_HEADS, n, HEAD_SIZE, dtype)
-    page_format = PageFormat(n, HEAD_SIZE, config.rank, getattr(torch, config.factor_dtype))
+    page_format = PageFormat.from_config(config, HEAD_SIZE)
     factors = FactorPages(torch.zeros(pool, KV_HEADS, page_format.page_bytes, dtype=torch.uint8), page_format)
     block_table = torch.randperm(pool, generator=generator).view(batch, num_pages).int()
     query = torch.empty(batch, HEADS, HEAD_SIZE, dtype=dtype)

@@ -26,7 +26,7 @@ class Shape:
         return -(-self.length // config.page_size) + 1
 
     def page_format(self, config: LRQKConfig) -> PageFormat:
-        return PageFormat(config.page_size, self.head_size, config.rank, getattr(torch, config.factor_dtype))
+        return PageFormat.from_config(config, self.head_size)
 
     def hot_format(self, config: LRQKConfig) -> HotFormat:
         return HotFormat(self.page_format(config).page_bytes, self.head_size, self.dtype)

@@ -49,7 +49,7 @@ class Prompt:
         pages = -(-length // n)
         self.host = allocate_host_pages(pages, KV_HEADS, n, HEAD_SIZE, DTYPE)
         self.cache = torch.zeros(pages, KV_HEADS, 2 * n, HEAD_SIZE, dtype=DTYPE)
-        page_format = PageFormat(n, HEAD_SIZE, config.rank, getattr(torch, config.factor_dtype))
+        page_format = PageFormat.from_config(config, HEAD_SIZE)
         self.factors = FactorPages(torch.zeros(pages, KV_HEADS, page_format.page_bytes, dtype=torch.uint8), page_format)
         self.table = torch.arange(pages, dtype=torch.int32)
         self.slots = torch.arange(length)

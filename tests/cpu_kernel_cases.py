@@ -50,7 +50,7 @@ def make_layer(
     n, batch = config.page_size, len(lengths)
     num_pages = [-(-length // n) for length in lengths]
     pool = sum(num_pages) + 2
-    page_format = PageFormat(n, head_size, config.rank, getattr(torch, config.factor_dtype))
+    page_format = PageFormat.from_config(config, head_size)
     host = torch.full((pool, kv_heads, n, 2, head_size), torch.nan, dtype=dtype)
     raw = torch.full((pool, kv_heads, page_format.page_bytes), 0xFF, dtype=torch.uint8)  # NaN as float and bfloat16
     factors = FactorPages(raw, page_format)

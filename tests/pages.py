@@ -8,7 +8,7 @@ from vllm_lrqk.page import FactorPages, PageFormat
 
 
 def page_format(config: LRQKConfig, head_size: int) -> PageFormat:
-    return PageFormat(config.page_size, head_size, config.rank, getattr(torch, config.factor_dtype))
+    return PageFormat.from_config(config, head_size)
 
 
 def empty_factors(config: LRQKConfig, head_size: int, num_pages: int, kv_heads: int, fill: int = 0xFF) -> FactorPages:

@@ -100,8 +100,9 @@ def test_window_misses_nothing_and_random_does(results):
 
 
 def test_residual_changes_the_output_only(results):
-    with_residual, without = results["lrqk"], results["lrqk-none"]
+    with_residual, without = results["lrqk-mean"], results["lrqk-none"]
     assert with_residual.error < without.error
+    assert results["lrqk"].error < without.error
     assert (with_residual.recall, with_residual.mass) == (without.recall, without.mass)
 
 
@@ -141,12 +142,12 @@ def test_bytes_are_equal(name, shape, share):
     assert plan.hot_rows == most or budget - plan.device_bytes < heads * shape.row_bytes
 
 
-@pytest.mark.parametrize("name", ["lrqk", "quest", "random", "oracle"])
+@pytest.mark.parametrize("name", ["lrqk-mean", "quest", "random", "oracle"])
 @pytest.mark.parametrize("share", [0.4, 0.9])
 def test_the_cache_has_a_quarter_more_rows_than_a_step(name, share):
     shape = SHAPES[0]
     plan = METHODS[name].plan(shape, int(share * shape.dense_bytes), SETTINGS)
-    always = {"lrqk": 4 + 32 + 32, "quest": QUEST_PAGE, "random": 4 + 32, "oracle": 0}[name]
+    always = {"lrqk-mean": 4 + 32 + 32, "quest": QUEST_PAGE, "random": 4 + 32, "oracle": 0}[name]
     spare = QUEST_PAGE if name == "quest" else 1
     assert 0 <= plan.hot_rows - (plan.top_k + always) * 5 / 4 < 5 / 4 * spare
 
@@ -154,11 +155,18 @@ def test_the_cache_has_a_quarter_more_rows_than_a_step(name, share):
 def test_planned_bytes_are_the_objects_bytes(qkv):
     shape = Shape.of(qkv, STEPS)
     budget = int(BUDGET * shape.dense_bytes)
-    plan = METHODS["lrqk"].plan(shape, budget, SETTINGS)
-    config = LRQKConfig(
-        rank=16, page_size=32, top_k=plan.top_k, recent_tokens=32, sink_tokens=4, hot_rows=plan.hot_rows
-    )
-    assert paged_decode(qkv, STEPS, config)[1].device_bytes() == plan.device_bytes
+    for name, residual in (("lrqk", "linear"), ("lrqk-mean", "mean")):
+        plan = METHODS[name].plan(shape, budget, SETTINGS)
+        config = LRQKConfig(
+            rank=16,
+            page_size=32,
+            top_k=plan.top_k,
+            recent_tokens=32,
+            sink_tokens=4,
+            hot_rows=plan.hot_rows,
+            residual=residual,
+        )
+        assert paged_decode(qkv, STEPS, config)[1].device_bytes() == plan.device_bytes
     plan = METHODS["published"].plan(shape, budget, SETTINGS)
     settings = PublishedSettings(plan.rank, plan.top_k, recent_tokens=32)
     assert published_decode(qkv, STEPS, settings)[1].device_bytes() == plan.device_bytes

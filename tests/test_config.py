@@ -30,7 +30,7 @@ GOOD_VALUES = {
     "top_p": [1, 1.0, 0.9, 1e-6],
     "recent_tokens": [1],
     "sink_tokens": [0],
-    "residual": ["mean", "none"],
+    "residual": ["linear", "mean", "none"],
     "factorization": ["lrqk", "key_pca"],
     "factor_dtype": ["int8", "bfloat16"],
     "iterations": [1],
@@ -76,7 +76,7 @@ def test_bad_values_are_refused_in_one_sentence(key, value):
         ({"top_p": 0.0}, "lrqk.top_p is 0.0, but must be above 0."),
         ({"lambda_q": 0}, "lrqk.lambda_q is 0, but must be above 0."),
         ({"lambda_k": float("inf")}, "lrqk.lambda_k is inf, but must be finite."),
-        ({"residual": "max"}, "lrqk.residual is 'max', but must be one of mean, none."),
+        ({"residual": "max"}, "lrqk.residual is 'max', but must be one of linear, mean, none."),
         (
             {"hot_rows": 10},
             "lrqk.hot_rows is 10, but one step can attend 2372 rows (top_k + recent_tokens + sink_tokens + "

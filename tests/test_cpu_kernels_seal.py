@@ -48,7 +48,7 @@ def check_seal(
     if queries is not None:
         at_hand = low_rank(generator, 3, kv_heads, max(queries, 1), head_size)[:, :, :queries]
         grams = at_hand.mT @ at_hand
-    page_format = PageFormat(n, head_size, config.rank, getattr(torch, config.factor_dtype))
+    page_format = PageFormat.from_config(config, head_size)
 
     def empty_factors() -> FactorPages:
         return FactorPages(torch.full((4, kv_heads, page_format.page_bytes), 0xFF, dtype=torch.uint8), page_format)

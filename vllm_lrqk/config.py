@@ -32,8 +32,9 @@ class LRQKConfig:
     """Latest tokens that are always attended exactly (the current one included)."""
     sink_tokens: int = field(default=4, metadata={"minimum": 0})
     """First tokens that are always attended exactly."""
-    residual: str = field(default="mean", metadata={"choices": ("mean", "none")})
-    """"mean": tokens that are not selected count through their proxy score and their page's mean value."""
+    residual: str = field(default="mean", metadata={"choices": ("linear", "mean", "none")})
+    """Tokens that are not selected count through their proxy score and, "linear": a value that is linear in their
+    key factor; "mean": their page's mean value; "none": not at all."""
     factorization: str = field(default="lrqk", metadata={"choices": ("lrqk", "key_pca")})
     """How a page's keys are factorised; "key_pca" ignores the queries."""
     factor_dtype: str = field(default="int8", metadata={"choices": ("int8", "bfloat16")})

@@ -122,3 +122,24 @@ def seal_rows(
     factors.projection[pages] = projection.mT
     factors.scale[pages] = key_scale * projection_scale
     factors.value_mean[pages] = value.mean(-2).to(torch.bfloat16)
+    if f.linear_values:
+        key_factor_mean, value_projection = value_regression(key_factor.float(), value)
+        value_projection, value_scale = _quantize_columns(value_projection, f.factor_dtype)
+        factors.key_factor_mean[pages] = key_factor_mean
+        factors.value_projection[pages] = value_projection.mT
+        factors.value_scale[pages] = value_scale
+
+
+def value_regression(key_factor: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least squares of a page's values on its key factors, both without their means.
+
+    Args:
+        key_factor: float32 [..., N, r], as stored.
+        value: float32 [..., N, d].
+
+    Returns:
+        The mean key factor, float32 [..., r], and the coefficients, float32 [..., d, r].
+    """
+    mean = key_factor.mean(-2)
+    centred = key_factor - mean[..., None, :]
+    return mean, _solve_right(value.mT @ centred, centred.mT @ centred)

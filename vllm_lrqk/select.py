@@ -19,6 +19,9 @@ class Selection:
     """int32 [B, KV, R], token positions attended exactly; -1 fills unused places, which may be anywhere."""
     residual: torch.Tensor | None
     """float32 [B, H, P], log of the summed exp(proxy score) of the page's unattended candidates; -inf where none."""
+    residual_factor: torch.Tensor | None = None
+    """float32 [B, H, P, r], mean of their key factors, weighted by exp(proxy score); 0 where none. For
+    `residual: "linear"` only."""
 
 
 def candidate_range(seq_lens: torch.Tensor, config: LRQKConfig) -> tuple[int, torch.Tensor]:
@@ -79,12 +82,17 @@ def select(
     group = scores.shape[1] // kv_heads
     tokens, is_selected = heaviest(weight, group, config)
     rows = torch.where(is_selected, tokens, -1)
-    residual = None
-    if config.residual == "mean":
+    residual = residual_factor = None
+    if config.residual != "none":
         chosen = torch.zeros_like(weight, dtype=torch.bool).scatter_(-1, tokens, is_selected)
-        left = scores.masked_fill(chosen.repeat_interleave(group, 1), -torch.inf)
-        residual = left.unflatten(-1, (num_pages, n)).logsumexp(-1)
-    return Selection(torch.cat([rows, always], -1).int(), residual)
+        left = scores.masked_fill(chosen.repeat_interleave(group, 1), -torch.inf).unflatten(-1, (num_pages, n))
+        residual = left.logsumexp(-1)
+        if config.residual == "linear":
+            key_factor = factors.key_factor(block_table[:, :num_pages].long()).float().transpose(1, 2)
+            share = left.softmax(-1).unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, KV, P, G, N]
+            residual_factor = (share @ key_factor).transpose(2, 3).flatten(1, 2)
+            residual_factor = residual_factor.masked_fill(residual.isinf()[..., None], 0.0)
+    return Selection(torch.cat([rows, always], -1).int(), residual, residual_factor)
 
 
 def heaviest(weight: torch.Tensor, group: int, config: LRQKConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from vllm_lrqk.page import PageFormat
 
 def page_format(config: LRQKConfig, head_size: int) -> PageFormat:
     """The factor page format of a layer."""
-    return PageFormat(config.page_size, head_size, config.rank, getattr(torch, config.factor_dtype))
+    return PageFormat.from_config(config, head_size)
 
 
 @dataclass(frozen=True, kw_only=True)

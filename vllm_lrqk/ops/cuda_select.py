@@ -19,6 +19,8 @@ def check_config(config: LRQKConfig) -> None:
     """Raise ConfigError where the CUDA kernels do not serve a setting."""
     if config.top_p < 1:
         raise ConfigError(f"lrqk.top_p is {config.top_p:g}, but the CUDA kernels have no adaptive budget: set it to 1.")
+    if config.residual == "linear":
+        raise ConfigError('lrqk.residual is "linear", which the CUDA kernels do not have yet: set it to "mean".')
 
 
 def is_supported(query: torch.Tensor, factors: FactorPages, block_table: torch.Tensor) -> bool:

@@ -91,9 +91,14 @@ def _plan(shape: Shape, budget: int, index_bytes: int, always: int, rank: int | 
     return Plan(attended - always, hot_rows, index_bytes + hot_rows * row_bytes, rank)
 
 
-def plan_pages(shape: Shape, budget: int, settings: Settings) -> Plan | None:
+def plan_linear(shape: Shape, budget: int, settings: Settings) -> Plan | None:
+    """As `plan_pages`, for factor pages with linear values."""
+    return plan_pages(shape, budget, settings, linear_values=True)
+
+
+def plan_pages(shape: Shape, budget: int, settings: Settings, linear_values: bool = False) -> Plan | None:
     """Page-local factors: the index are the factor pages, the open one included, which is always attended."""
-    page_format = PageFormat(settings.page_size, shape.head_size, settings.rank)
+    page_format = PageFormat(settings.page_size, shape.head_size, settings.rank, linear_values=linear_values)
     pages = -(-shape.tokens // settings.page_size)
     always = settings.sink_tokens + settings.recent_tokens + settings.page_size
     return _plan(shape, budget, shape.kv_heads * pages * page_format.page_bytes, always, settings.rank)

@@ -46,7 +46,7 @@ class PagedLayer:
 
     def __init__(self, qkv: QKV, num_tokens: int, config: LRQKConfig) -> None:
         _, kv_heads, d = qkv.key.shape
-        page_format = PageFormat(config.page_size, d, config.rank, getattr(torch, config.factor_dtype))
+        page_format = PageFormat.from_config(config, d)
         num_pages = -(-num_tokens // config.page_size)
         raw = torch.full((num_pages, kv_heads, page_format.page_bytes), UNWRITTEN, dtype=torch.uint8)
         self.config, self.scale = config, d**-0.5

@@ -179,9 +179,10 @@ class Method:
 
 
 METHODS = {
-    "lrqk": Method(budgets.plan_pages, partial(page_local, residual="mean", factorization="lrqk"), True),
+    "lrqk": Method(budgets.plan_linear, partial(page_local, residual="linear", factorization="lrqk"), True),
+    "lrqk-mean": Method(budgets.plan_pages, partial(page_local, residual="mean", factorization="lrqk"), True),
     "lrqk-none": Method(budgets.plan_pages, partial(page_local, residual="none", factorization="lrqk")),
-    "key-pca": Method(budgets.plan_pages, partial(page_local, residual="mean", factorization="key_pca"), True),
+    "key-pca": Method(budgets.plan_linear, partial(page_local, residual="linear", factorization="key_pca"), True),
     "published": Method(budgets.plan_published, published, is_per_query_head=True),
     "quest": Method(budgets.plan_quest, quest),
     "window": Method(budgets.plan_window, window),
