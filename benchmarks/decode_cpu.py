@@ -37,7 +37,7 @@ from cpu_layers import (  # noqa: E402
     relative_error,
 )
 
-from vllm_lrqk.config import LRQKConfig  # noqa: E402
+from vllm_lrqk.config import ConfigError, LRQKConfig  # noqa: E402
 from vllm_lrqk.ops import kernels_for  # noqa: E402
 
 DTYPE = torch.bfloat16
@@ -135,12 +135,16 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=default, metavar="TOKENS")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="REQUESTS")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help='settings: {"rank": 32}')
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a list of records")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    config = LRQKConfig()
+    try:
+        config = LRQKConfig.from_dict(arguments.config)
+    except ConfigError as error:
+        parser.error(str(error))
     cases = [
         (length, batch) for batch in arguments.batch for length in arguments.lengths if length * batch <= MAX_TOKENS
     ]

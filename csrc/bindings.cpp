@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 
@@ -63,11 +64,15 @@ lrqk::HostPages host_pages(const Tensor& host, ScalarType dtype) {
   return {host.data_ptr(), host.stride(0), host.stride(1)};
 }
 
-lrqk::PageLayout page_layout(const Tensor& factors, int64_t rank, bool is_int8, int64_t projection_offset,
-                             int64_t scale_offset, int64_t value_mean_offset) {
+// Offsets in the order of PageLayout.
+lrqk::PageLayout page_layout(const Tensor& factors, int64_t rank, int64_t value_rank, bool is_int8,
+                             const std::vector<int64_t>& offsets) {
   check(factors, "factors", 3, ScalarType::Byte);
-  return {factors.stride(0), factors.stride(1), projection_offset, scale_offset,
-          value_mean_offset, static_cast<int>(rank), is_int8};
+  STD_TORCH_CHECK(offsets.size() == 6, "expected six offsets");
+  STD_TORCH_CHECK(rank <= lrqk::kMaxStride && value_rank <= rank, "unsupported rank");
+  return {factors.stride(0), factors.stride(1), offsets[0], offsets[1], offsets[2],
+          offsets[3],        offsets[4],        offsets[5], static_cast<int>(rank), static_cast<int>(value_rank),
+          is_int8};
 }
 
 lrqk::DecodeArgs selection_args(const Tensor& query, const Tensor& factors, const Tensor& block_table,
@@ -98,6 +103,7 @@ lrqk::DecodeArgs selection_args(const Tensor& query, const Tensor& factors, cons
   a.recent_tokens = recent_tokens;
   a.sink_tokens = sink_tokens;
   a.with_residual = with_residual;
+  a.with_moments = with_residual && layout.value_rank > 0;
   a.scale = static_cast<float>(scale);
   a.dtype = dtype_of(query);
   STD_TORCH_CHECK(seq_lens.size(0) == a.requests && block_table.size(0) == a.requests,
@@ -107,10 +113,11 @@ lrqk::DecodeArgs selection_args(const Tensor& query, const Tensor& factors, cons
 }
 
 void cpu_decode(const Tensor query, const Tensor host, const Tensor factors, const Tensor block_table,
-                const Tensor seq_lens, double scale, int64_t rank, bool is_int8, int64_t projection_offset,
-                int64_t scale_offset, int64_t value_mean_offset, int64_t top_k, double top_p, int64_t recent_tokens,
-                int64_t sink_tokens, bool with_residual, Tensor output, Tensor attended, int64_t instruction_set) {
-  const auto layout = page_layout(factors, rank, is_int8, projection_offset, scale_offset, value_mean_offset);
+                const Tensor seq_lens, double scale, int64_t rank, int64_t value_rank, bool is_int8,
+                std::vector<int64_t> offsets,
+                int64_t top_k, double top_p, int64_t recent_tokens, int64_t sink_tokens, bool with_residual,
+                Tensor output, Tensor attended, int64_t instruction_set) {
+  const auto layout = page_layout(factors, rank, value_rank, is_int8, offsets);
   auto a = selection_args(query, factors, block_table, seq_lens, scale, layout, host.size(2), top_k, top_p,
                           recent_tokens, sink_tokens, with_residual);
   check(output, "output", 3, query.scalar_type());
@@ -124,10 +131,11 @@ void cpu_decode(const Tensor query, const Tensor host, const Tensor factors, con
 }
 
 void cpu_select(const Tensor query, const Tensor factors, const Tensor block_table, const Tensor seq_lens,
-                double scale, int64_t rank, bool is_int8, int64_t projection_offset, int64_t scale_offset,
-                int64_t value_mean_offset, int64_t page_size, int64_t top_k, double top_p, int64_t recent_tokens,
-                int64_t sink_tokens, Tensor rows, std::optional<Tensor> residual, int64_t instruction_set) {
-  const auto layout = page_layout(factors, rank, is_int8, projection_offset, scale_offset, value_mean_offset);
+                double scale, int64_t rank, int64_t value_rank, bool is_int8,
+                std::vector<int64_t> offsets, int64_t page_size,
+                int64_t top_k, double top_p, int64_t recent_tokens, int64_t sink_tokens, Tensor rows,
+                std::optional<Tensor> residual, std::optional<Tensor> residual_factor, int64_t instruction_set) {
+  const auto layout = page_layout(factors, rank, value_rank, is_int8, offsets);
   auto a = selection_args(query, factors, block_table, seq_lens, scale, layout, page_size, top_k, top_p,
                           recent_tokens, sink_tokens, residual.has_value());
   check(rows, "rows", 3, ScalarType::Int);
@@ -137,6 +145,13 @@ void cpu_select(const Tensor query, const Tensor factors, const Tensor block_tab
     check(*residual, "residual", 3, ScalarType::Float);
     a.residual = static_cast<float*>(residual->data_ptr());
     a.residual_pages = residual->size(2);
+  }
+  if (residual_factor) {
+    check(*residual_factor, "residual_factor", 4, ScalarType::Float);
+    STD_TORCH_CHECK(a.with_moments && residual_factor->is_contiguous() && residual_factor->size(2) == a.residual_pages &&
+                        residual_factor->size(3) == value_rank,
+                    "residual_factor must be contiguous, of the value rank, and go with a residual of linear values");
+    a.residual_factor = static_cast<float*>(residual_factor->data_ptr());
   }
   table(instruction_set).decode(a, parallel());
 }
@@ -168,15 +183,15 @@ void cpu_append(const Tensor key, const Tensor value, Tensor host, const Tensor 
 }
 
 void cpu_seal(const Tensor pages, const Tensor host, Tensor factors, std::optional<Tensor> gram_q, int64_t rank,
-              bool is_int8, int64_t projection_offset, int64_t scale_offset, int64_t value_mean_offset,
-              int64_t iterations, double lambda_q, double lambda_k, double ridge, double query_share,
+              int64_t value_rank, bool is_int8, std::vector<int64_t> offsets, int64_t iterations, double lambda_q, double lambda_k, double ridge, double query_share,
+              double value_shift, int64_t value_iterations,
               int64_t instruction_set) {
   check(pages, "pages", 1, ScalarType::Long);
   lrqk::SealArgs s{};
   s.pages = static_cast<const int64_t*>(pages.data_ptr());
   s.host = host_pages(host, host.scalar_type());
   s.factors = static_cast<uint8_t*>(factors.data_ptr());
-  s.layout = page_layout(factors, rank, is_int8, projection_offset, scale_offset, value_mean_offset);
+  s.layout = page_layout(factors, rank, value_rank, is_int8, offsets);
   if (gram_q) {
     check(*gram_q, "gram_q", 4, ScalarType::Float);
     STD_TORCH_CHECK(gram_q->is_contiguous() && gram_q->size(0) == pages.size(0), "gram_q must be contiguous, one per page");
@@ -191,6 +206,8 @@ void cpu_seal(const Tensor pages, const Tensor host, Tensor factors, std::option
   s.lambda_k = static_cast<float>(lambda_k);
   s.ridge = static_cast<float>(ridge);
   s.query_share = static_cast<float>(query_share);
+  s.value_shift = static_cast<float>(value_shift);
+  s.value_iterations = static_cast<int>(value_iterations);
   s.dtype = dtype_of(host);
   table(instruction_set).seal(s, parallel());
 }
@@ -246,20 +263,19 @@ std::string cpu_instruction_sets() {
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
   m.def(
       "cpu_decode(Tensor query, Tensor host, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, "
-      "int rank, bool is_int8, int projection_offset, int scale_offset, int value_mean_offset, int top_k, "
-      "float top_p, int recent_tokens, int sink_tokens, bool with_residual, Tensor(a!) output, Tensor(b!) attended, "
-      "int instruction_set) -> ()");
+      "int rank, int value_rank, bool is_int8, int[] offsets, int top_k, float top_p, int recent_tokens, int sink_tokens, "
+      "bool with_residual, Tensor(a!) output, Tensor(b!) attended, int instruction_set) -> ()");
   m.def(
       "cpu_select(Tensor query, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, int rank, "
-      "bool is_int8, int projection_offset, int scale_offset, int value_mean_offset, int page_size, int top_k, "
-      "float top_p, int recent_tokens, int sink_tokens, Tensor(a!) rows, Tensor(b!)? residual, "
-      "int instruction_set) -> ()");
+      "int value_rank, bool is_int8, int[] offsets, int page_size, int top_k, float top_p, int recent_tokens, int sink_tokens, "
+      "Tensor(a!) rows, Tensor(b!)? residual, Tensor(c!)? residual_factor, int instruction_set) -> ()");
   m.def(
       "cpu_append(Tensor key, Tensor value, Tensor(a!) host, Tensor slots, int instruction_set) -> ()");
   m.def(
-      "cpu_seal(Tensor pages, Tensor host, Tensor(a!) factors, Tensor? gram_q, int rank, bool is_int8, "
-      "int projection_offset, int scale_offset, int value_mean_offset, int iterations, float lambda_q, "
-      "float lambda_k, float ridge, float query_share, int instruction_set) -> ()");
+      "cpu_seal(Tensor pages, Tensor host, Tensor(a!) factors, Tensor? gram_q, int rank, int value_rank, "
+      "bool is_int8, "
+      "int[] offsets, int iterations, float lambda_q, float lambda_k, float ridge, float query_share, "
+      "float value_shift, int value_iterations, int instruction_set) -> ()");
   m.def(
       "cpu_prefill(Tensor query, Tensor key, Tensor value, Tensor host, Tensor pages, int context_len, float scale, "
       "Tensor(a!) output, int instruction_set) -> ()");

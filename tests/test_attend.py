@@ -110,7 +110,8 @@ def token_values(batch: Batch, b: int) -> torch.Tensor:
     """What page.py's formula adds to the mean value of each token's page: float64 [KV, sealed tokens, d]."""
     factors, n = batch.factors, batch.factors.format.page_size
     pages = batch.block_table[b, : len(batch.values[b][0]) // n].long()
-    centred = factors.key_factor(pages).double() - factors.key_factor_mean[pages].double()[:, :, None]
+    leading = factors.key_factor(pages)[..., : factors.format.value_rank].double()
+    centred = leading - factors.key_factor_mean[pages].double()[:, :, None]
     projection = factors.value_projection[pages].double() * factors.value_scale[pages].double()[..., None]
     return (centred @ projection).transpose(0, 1).flatten(1, 2)
 

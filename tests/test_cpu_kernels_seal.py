@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="CPU kernels are no
 # Elements that round to the other side move by one of 127 steps; the solves' conditions (1e4 by the ridge) turn
 # float32 rounding into about 1e-3.
 SCORE_ERROR = 5e-3
+# Random values are explained by chance alone: small coefficients that follow every step in which key factors differ.
+VALUE_ERROR = 5e-2
 
 
 def low_rank(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -64,6 +66,16 @@ def check_seal(
     assert relative_error(scores, truth) < SCORE_ERROR
     # Sums over the page in another order may round to the neighbouring bfloat16.
     assert relative_error(actual.value_mean[pages], expected.value_mean[pages]) < 1e-3
+    if config.residual == "linear":
+        estimate, truth = (linear_values(factors, pages) for factors in (actual, expected))
+        assert relative_error(estimate, truth) < VALUE_ERROR
+
+
+def linear_values(factors: FactorPages, pages: torch.Tensor) -> torch.Tensor:
+    """What the key factors add to the mean value of the tokens: float32 [M, KV, N, d]."""
+    leading = factors.key_factor(pages)[..., : factors.format.value_rank].float()
+    centred = leading - factors.key_factor_mean[pages][:, :, None]
+    return centred @ (factors.value_projection[pages].float() * factors.value_scale[pages][..., None])
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
@@ -82,6 +94,33 @@ class TestSealPages:
     @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256, 512])
     def test_page_size(self, name: str, page_size: int) -> None:
         check_seal(name, LRQKConfig(page_size=page_size, rank=8), head_size=96, queries=page_size)
+
+    @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        ("rank", "head_size", "page_size"), [(16, 64, 64), (4, 128, 256), (20, 80, 128), (64, 128, 256)]
+    )
+    def test_linear_values(
+        self, name: str, factor_dtype: str, dtype: torch.dtype, rank: int, head_size: int, page_size: int
+    ) -> None:
+        config = LRQKConfig(page_size=page_size, rank=rank, factor_dtype=factor_dtype, residual="linear")
+        check_seal(name, config, dtype, head_size, queries=100)
+
+    def test_linear_values_of_fewer_tokens_than_ranks(self, name: str) -> None:
+        """The values can be met exactly, up to rounded coefficients; which of many solutions is found is open."""
+        config = LRQKConfig(page_size=16, rank=32, value_rank=16, residual="linear")
+        generator = torch.Generator().manual_seed(0)
+        host = torch.randn(3, 2, 16, 2, 64, generator=generator)
+        factors = FactorPages(
+            torch.full((3, 2, PageFormat.from_config(config, 64).page_bytes), 0xFF, dtype=torch.uint8),
+            PageFormat.from_config(config, 64),
+        )
+        pages = torch.arange(3)
+        with force_kernels(name) as kernels:
+            kernels.seal_pages(pages, host, factors, None, config)
+        value = host[..., 1, :]
+        estimate = factors.value_mean.float()[:, :, None] + linear_values(factors, pages)
+        assert relative_error(estimate, value) < 5e-2
 
     @pytest.mark.parametrize("key_scale", [1e-4, 1e4])
     def test_magnitudes(self, name: str, key_scale: float) -> None:

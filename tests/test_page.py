@@ -28,12 +28,12 @@ def test_offsets_are_pinned(page_format, offsets, bytes_per_token):
 @pytest.mark.parametrize(
     ("page_format", "offsets", "bytes_per_token"),
     [
-        (PageFormat(256, 128, 16, linear_values=True), (6464, 8512, 8576), 34),
-        (PageFormat(512, 128, 16, linear_values=True), (10560, 12608, 12672), 25),
-        (PageFormat(64, 96, 4, torch.bfloat16, linear_values=True), (1536, 2304, 2368), 38),
+        (PageFormat(256, 128, 16, value_rank=8), (6464, 7488, 7552), 30),
+        (PageFormat(512, 128, 16, value_rank=8), (10560, 11584, 11648), 23),
+        (PageFormat(64, 96, 4, torch.bfloat16, value_rank=4), (1536, 2304, 2368), 38),
     ],
 )
-def test_offsets_of_linear_values_are_pinned(page_format, offsets, bytes_per_token):
+def test_offsets_of_values_are_pinned(page_format, offsets, bytes_per_token):
     f = page_format
     assert (f.value_projection_offset, f.value_scale_offset, f.key_factor_mean_offset) == offsets
     assert f.bytes_per_token == bytes_per_token
@@ -49,10 +49,10 @@ def test_default_page_is_a_twentieth_of_its_keys_and_values():
     st.integers(4, 32).map(lambda n: 8 * n),
     st.integers(1, 16).map(lambda n: 4 * n),
     st.sampled_from([torch.int8, torch.bfloat16]),
-    st.booleans(),
+    st.sampled_from([0, 4, 8]),
 )
-def test_sections_are_aligned_and_apart(page_size, head_size, rank, dtype, linear_values):
-    f = PageFormat(page_size, head_size, rank, dtype, linear_values)
+def test_sections_are_aligned_and_apart(page_size, head_size, rank, dtype, value_rank):
+    f = PageFormat(page_size, head_size, rank, dtype, value_rank)
     ends = [
         page_size * rank * dtype.itemsize,
         f.projection_offset + rank * head_size * dtype.itemsize,
@@ -60,12 +60,12 @@ def test_sections_are_aligned_and_apart(page_size, head_size, rank, dtype, linea
         f.value_mean_offset + head_size * 2,
     ]
     starts = [f.projection_offset, f.scale_offset, f.value_mean_offset]
-    if linear_values:
+    if value_rank:
         starts += [f.value_projection_offset, f.value_scale_offset, f.key_factor_mean_offset]
         ends += [
-            f.value_projection_offset + rank * head_size * dtype.itemsize,
-            f.value_scale_offset + rank * 4,
-            f.key_factor_mean_offset + rank * 4,
+            f.value_projection_offset + value_rank * head_size * dtype.itemsize,
+            f.value_scale_offset + value_rank * 4,
+            f.key_factor_mean_offset + value_rank * 4,
         ]
     starts.append(f.page_bytes)
     for end, start in zip(ends, starts):

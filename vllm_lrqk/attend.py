@@ -78,7 +78,7 @@ def residual_values(selection: Selection, factors: FactorPages, pages: torch.Ten
     if selection.residual_factor is not None:
         offset = selection.residual_factor.unflatten(1, (kv_heads, -1))
         offset = offset - factors.key_factor_mean[pages].transpose(1, 2)[:, :, None]
-        offset = offset * factors.value_scale[pages].transpose(1, 2)[:, :, None]  # [B, KV, G, P, r]
+        offset = offset * factors.value_scale[pages].transpose(1, 2)[:, :, None]  # [B, KV, G, P, value_rank]
         projection = factors.value_projection[pages].transpose(1, 2)[:, :, None].float()
         value = value + (offset[..., None, :] @ projection)[..., 0, :]
     # Pages without residual may be unsealed: their bytes mean nothing.

@@ -35,6 +35,8 @@ class LRQKConfig:
     residual: str = field(default="mean", metadata={"choices": ("linear", "mean", "none")})
     """Tokens that are not selected count through their proxy score and, "linear": a value that is linear in their
     key factor; "mean": their page's mean value; "none": not at all."""
+    value_rank: int = field(default=8, metadata={"minimum": 4, "multiple_of": 4})
+    """Columns of the key factor that the values of `residual: "linear"` follow; a multiple of 4, at most `rank`."""
     factorization: str = field(default="lrqk", metadata={"choices": ("lrqk", "key_pca")})
     """How a page's keys are factorised; "key_pca" ignores the queries."""
     factor_dtype: str = field(default="int8", metadata={"choices": ("int8", "bfloat16")})
@@ -70,6 +72,11 @@ class LRQKConfig:
     def attended_rows(self) -> int:
         """Rows that one decode step attends exactly, at most, per KV head."""
         return self.top_k + self.recent_tokens + self.sink_tokens + self.page_size
+
+    @property
+    def num_value_ranks(self) -> int:
+        """Columns of the key factor that values are estimated from; 0 without linear values."""
+        return min(self.value_rank, self.rank) if self.residual == "linear" else 0
 
     @property
     def num_hot_rows(self) -> int:

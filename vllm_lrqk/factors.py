@@ -11,17 +11,24 @@ from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.page import FactorPages
 
 RIDGE = 1e-4
+VALUE_SHIFT = 1e-3
+"""Of the mean eigenvalue, so that orthogonal iteration stays well conditioned."""
+VALUE_ITERATIONS = 4
 QUERY_SHARE = 0.5
 """Share of the queries at hand in G_Q; the rest is identity, so that a few of them do not blind a page to others."""
 
 
 def _solve_right(numerator: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """numerator @ gram^-1 with a ridge relative to the mean diagonal; numerator [..., m, r], gram [..., r, r]."""
-    rank = gram.shape[-1]
-    mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    ridge = (RIDGE * mean_diagonal).clamp_min(torch.finfo(gram.dtype).tiny) * torch.eye(rank, device=gram.device)
     # solve_ex: solve would wait for the device to look for singular matrices, which the ridge rules out.
-    return torch.linalg.solve_ex(gram + ridge, numerator.mT)[0].mT
+    return torch.linalg.solve_ex(gram + _ridge(gram), numerator.mT)[0].mT
+
+
+def _ridge(gram: torch.Tensor, share: float | None = None) -> torch.Tensor:
+    """A share, RIDGE by default, of the mean diagonal of [..., r, r], times identity."""
+    mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    size = (mean_diagonal * (RIDGE if share is None else share)).clamp_min(torch.finfo(gram.dtype).tiny)
+    return size * torch.eye(gram.shape[-1], device=gram.device)
 
 
 def _top_columns(gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int) -> torch.Tensor:
@@ -113,6 +120,8 @@ def seal_rows(
         tokens = float(f.page_size)
         metric, normal_gram_k = tokens * _query_metric(gram_q, gram_k), _normalized(gram_k, tokens)
         x, y = lrqk_projections(metric, normal_gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
+    if f.value_rank:
+        x, y = values_first(x, y, key, value)
     # Balance the columns: only the product of a column of A and one of X matters.
     x_size = x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
     key_factor, key_scale = _quantize_columns(key @ (y * x_size), f.factor_dtype)
@@ -122,12 +131,51 @@ def seal_rows(
     factors.projection[pages] = projection.mT
     factors.scale[pages] = key_scale * projection_scale
     factors.value_mean[pages] = value.mean(-2).to(torch.bfloat16)
-    if f.linear_values:
-        key_factor_mean, value_projection = value_regression(key_factor.float(), value)
+    if f.value_rank:
+        key_factor_mean, value_projection = value_regression(key_factor[..., : f.value_rank].float(), value)
         value_projection, value_scale = _quantize_columns(value_projection, f.factor_dtype)
         factors.key_factor_mean[pages] = key_factor_mean
         factors.value_projection[pages] = value_projection.mT
         factors.value_scale[pages] = value_scale
+
+
+def values_first(
+    x: torch.Tensor, y: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product X Y' in another basis: columns of the key factor in the order in which they explain values.
+
+    With A the centred key factor K Y, L L' = A'A and orthonormal Q, the columns of A L'^-1 Q are uncorrelated. Q holds
+    the eigenvectors of what a least squares fit explains, (L^-1 A'V)(L^-1 A'V)', by orthogonal iteration: roughly, as
+    any Q is right and the leading columns only have to do well together.
+
+    Args:
+        x, y: float32 [..., d, r].
+        key, value: float32 [..., N, d].
+    """
+    a = key @ y
+    a = a - a.mean(-2, keepdim=True)
+    gram = a.mT @ a
+    lower = torch.linalg.cholesky_ex(gram + _ridge(gram))[0]
+    explained = torch.linalg.solve_triangular(lower, a.mT @ value, upper=False)
+    size = explained @ explained.mT
+    size = size + _ridge(size, VALUE_SHIFT)
+    q = torch.eye(y.shape[-1], device=y.device).expand_as(size)
+    for _ in range(VALUE_ITERATIONS):
+        q = _orthonormal_columns(size @ q)
+    return x @ (lower @ q), y @ torch.linalg.solve_triangular(lower.mT, q, upper=True)
+
+
+def _orthonormal_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """Gram-Schmidt on the columns of [..., r, r], each against those before it, twice for the sake of rounding."""
+    columns: list[torch.Tensor] = []
+    for column in matrix.unbind(-1):
+        for _ in range(2):
+            if columns:
+                basis = torch.stack(columns, -1)
+                column = column - (basis @ (basis.mT @ column[..., None]))[..., 0]
+            column = column / column.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(column.dtype).tiny)
+        columns.append(column)
+    return torch.stack(columns, -1)
 
 
 def value_regression(key_factor: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

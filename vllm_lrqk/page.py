@@ -11,13 +11,13 @@ KV cache tensor. With N page tokens, d head size, r rank and w = 4 / itemsize el
 
     proxy score of token n for query q:  s~_n = sum_j (q . X_j) * scale_j * A_nj   (times 1/sqrt(d))
 
-With `linear_values` three sections follow value_mean:
+With a value_rank v above 0 three sections follow value_mean:
 
     | value_projection W  | value_scale | key_factor_mean |
-    | [r, d]              | [r]         | [r]             |
+    | [v, d]              | [v]         | [v]             |
     | as A                | float32     | float32         |
 
-    estimate of the value of token n:    v~_n = value_mean + sum_j (A_nj - key_factor_mean_j) * value_scale_j * W_j
+    estimate of the value of token n:  v~_n = value_mean + sum_{j<v} (A_nj - key_factor_mean_j) * value_scale_j * W_j
 
 A is stored in 4-byte words so that a SIMD register or a GPU warp reads the same word of
 consecutive tokens in one access. `scale` is the product of the column scales of A and X (1 for bfloat16).
@@ -45,13 +45,14 @@ class PageFormat:
     head_size: int
     rank: int
     factor_dtype: torch.dtype = torch.int8
-    linear_values: bool = False
+    value_rank: int = 0
+    """Leading columns of the key factor that values are estimated from; 0: the mean value alone."""
 
     @classmethod
     def from_config(cls, config: LRQKConfig, head_size: int) -> "PageFormat":
         """The format of a layer with this head size."""
         dtype = getattr(torch, config.factor_dtype)
-        return cls(config.page_size, head_size, config.rank, dtype, config.residual == "linear")
+        return cls(config.page_size, head_size, config.rank, dtype, config.num_value_ranks)
 
     @property
     def word_elements(self) -> int:
@@ -75,18 +76,18 @@ class PageFormat:
 
     @property
     def value_scale_offset(self) -> int:
-        return self.value_projection_offset + _align(self.rank * self.head_size * self.factor_dtype.itemsize)
+        return self.value_projection_offset + _align(self.value_rank * self.head_size * self.factor_dtype.itemsize)
 
     @property
     def key_factor_mean_offset(self) -> int:
-        return self.value_scale_offset + _align(self.rank * 4)
+        return self.value_scale_offset + _align(self.value_rank * 4)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes per token and KV head, padding included; vLLM allocates page_size times this."""
         needed = self.value_projection_offset
-        if self.linear_values:
-            needed = self.key_factor_mean_offset + _align(self.rank * 4)
+        if self.value_rank:
+            needed = self.key_factor_mean_offset + _align(self.value_rank * 4)
         step = max(1, ALIGNMENT // self.page_size)  # keeps page_bytes a multiple of ALIGNMENT
         return -(-needed // (self.page_size * step)) * step
 
@@ -127,15 +128,16 @@ class FactorPages:
         """float32 [num_pages, kv_heads, rank]"""
         self.value_mean = view(f.value_mean_offset, f.head_size, torch.bfloat16)
         """bfloat16 [num_pages, kv_heads, head_size]"""
-        if f.linear_values:
-            self.value_projection = view(f.value_projection_offset, f.rank * f.head_size, f.factor_dtype).unflatten(
-                -1, (f.rank, f.head_size)
+        if f.value_rank:
+            elements = f.value_rank * f.head_size
+            self.value_projection = view(f.value_projection_offset, elements, f.factor_dtype).unflatten(
+                -1, (f.value_rank, f.head_size)
             )
-            """[num_pages, kv_heads, rank, head_size]"""
-            self.value_scale = view(f.value_scale_offset, f.rank, torch.float32)
-            """float32 [num_pages, kv_heads, rank]"""
-            self.key_factor_mean = view(f.key_factor_mean_offset, f.rank, torch.float32)
-            """float32 [num_pages, kv_heads, rank], in units of the stored elements"""
+            """[num_pages, kv_heads, value_rank, head_size]"""
+            self.value_scale = view(f.value_scale_offset, f.value_rank, torch.float32)
+            """float32 [num_pages, kv_heads, value_rank]"""
+            self.key_factor_mean = view(f.key_factor_mean_offset, f.value_rank, torch.float32)
+            """float32 [num_pages, kv_heads, value_rank], in units of the stored elements"""
 
     @property
     def bytes_per_token(self) -> float:

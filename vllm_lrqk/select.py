@@ -20,8 +20,8 @@ class Selection:
     residual: torch.Tensor | None
     """float32 [B, H, P], log of the summed exp(proxy score) of the page's unattended candidates; -inf where none."""
     residual_factor: torch.Tensor | None = None
-    """float32 [B, H, P, r], mean of their key factors, weighted by exp(proxy score); 0 where none. For
-    `residual: "linear"` only."""
+    """float32 [B, H, P, value_rank], mean of the leading columns of their key factors, weighted by exp(proxy score);
+    0 where none. For `residual: "linear"` only."""
 
 
 def candidate_range(seq_lens: torch.Tensor, config: LRQKConfig) -> tuple[int, torch.Tensor]:
@@ -88,7 +88,8 @@ def select(
         left = scores.masked_fill(chosen.repeat_interleave(group, 1), -torch.inf).unflatten(-1, (num_pages, n))
         residual = left.logsumexp(-1)
         if config.residual == "linear":
-            key_factor = factors.key_factor(block_table[:, :num_pages].long()).float().transpose(1, 2)
+            key_factor = factors.key_factor(block_table[:, :num_pages].long())[..., : config.num_value_ranks]
+            key_factor = key_factor.float().transpose(1, 2)  # [B, KV, P, N, value_rank]
             share = left.softmax(-1).unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, KV, P, G, N]
             residual_factor = (share @ key_factor).transpose(2, 3).flatten(1, 2)
             residual_factor = residual_factor.masked_fill(residual.isinf()[..., None], 0.0)

@@ -19,6 +19,12 @@ struct fp16 {
   uint16_t bits;
 };
 
+struct i8 {
+  int8_t value;
+};
+
+constexpr int kMaxStride = 512;  // of a rank, rounded up to a vector
+
 // Where the sections of one factor page are; vllm_lrqk/page.py owns these numbers.
 struct PageLayout {
   int64_t page_stride;        // bytes
@@ -26,7 +32,11 @@ struct PageLayout {
   int64_t projection_offset;  // bytes; the key factor is at 0
   int64_t scale_offset;       // bytes
   int64_t value_mean_offset;  // bytes
+  int64_t value_projection_offset;  // bytes
+  int64_t value_scale_offset;       // bytes
+  int64_t key_factor_mean_offset;   // bytes
   int rank;
+  int value_rank;  // 0: no linear values
   bool is_int8;  // else bfloat16
 };
 
@@ -51,11 +61,13 @@ struct DecodeArgs {
   int32_t* rows;      // select: [B, KV, row_places], else null
   int64_t row_places;
   float* residual;         // select: [B, H, residual_pages], or null
+  float* residual_factor;  // select: [B, H, residual_pages, r], or null
   int64_t residual_pages;
   int64_t requests, heads, kv_heads, head_size, page_size;
   int page_shift;  // page_size is 1 << page_shift
   int64_t top_k, recent_tokens, sink_tokens;
   bool with_residual;
+  bool with_moments;  // the residual has linear values
   float top_p;
   float scale;
   DType dtype;
@@ -81,7 +93,9 @@ struct SealArgs {
   int64_t num_pages, kv_heads, head_size, page_size;
   int iterations;
   float lambda_q, lambda_k;
-  float ridge, query_share;  // RIDGE and QUERY_SHARE of vllm_lrqk/factors.py
+  // RIDGE, QUERY_SHARE, VALUE_SHIFT and VALUE_ITERATIONS of vllm_lrqk/factors.py
+  float ridge, query_share, value_shift;
+  int value_iterations;
   DType dtype;
 };
 

@@ -116,7 +116,9 @@ inline void choose_rows(const DecodeArgs& a, Item& item) {
   item.num_selected = chosen;
 }
 
-// Takes the selected tokens out of the page sums of one range.
+constexpr int kRowsAhead = 16;  // whose key factors are fetched meanwhile
+
+// Takes the selected tokens out of the page sums and moments of one range.
 inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
   const int group = static_cast<int>(a.heads / a.kv_heads);
   const int64_t n = a.page_size, first = range * item.range_pages * n;
@@ -134,13 +136,22 @@ inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
     const int64_t page = item.rows[i] >> a.page_shift, begin = i;
     uint32_t* weights = item.weights + page * n * item.pairs;
     const auto at = [&](int64_t row) { return weights + (row & (n - 1)) / W * item.pairs * W + row % W; };
-    float taken[kMaxGroup + 1] = {};
+    float taken[kMaxGroup + 1] = {}, now[kMaxGroup + 1];
+    const FactorPage factors = factor_page(a, item, page);
+    float* moments = item.value_stride ? item.moment + page * group * item.value_stride : nullptr;
     for (; i < item.num_selected && item.rows[i] >> a.page_shift == page; ++i) {
+      if (moments && i + kRowsAhead < item.num_selected) {
+        const int64_t row = item.rows[i + kRowsAhead];
+        factor_page(a, item, row >> a.page_shift).prefetch_token(row & (n - 1), n);
+      }
       const uint32_t* both = at(item.rows[i]);
       for (int pair = 0; pair < item.pairs; ++pair) {
-        taken[2 * pair] += float_of(both[pair * W] & 0xffff0000u);
-        taken[2 * pair + 1] += float_of(both[pair * W] << 16);
+        now[2 * pair] = float_of(both[pair * W] & 0xffff0000u);
+        now[2 * pair + 1] = float_of(both[pair * W] << 16);
+        taken[2 * pair] += now[2 * pair];
+        taken[2 * pair + 1] += now[2 * pair + 1];
       }
+      if (moments) subtract_token(factors, item.rows[i] & (n - 1), n, now, group, item.value_stride, moments);
     }
     bool is_cleared = false;
     for (int g = 0; g < group; ++g) {
@@ -161,6 +172,7 @@ inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
       }
       left = sum(total);
     }
+    if (is_cleared && moments) page_moments(factors, weights, group, item.pairs, n, item.value_stride, moments);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 
 #include "args.h"
 
@@ -21,6 +22,18 @@ constexpr int kMaxPageSize = 1024;
 constexpr float kLog2e = 1.44269504088896340736f;
 
 namespace LRQK_ISA {
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 template <class T>
 inline T smaller(T a, T b) {

@@ -9,7 +9,50 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
-inline void attend_task(const DecodeArgs& a, Item& item, int64_t task, float* scores, float* keep) {
+// Working memory of one attention task.
+struct TaskMemory {
+  float scores[kMaxGroup * kChunkRows];   // [G, kChunkRows]
+  float factors[kMaxGroup * kChunkRows];  // [G, kChunkRows]
+  float keep[kMaxGroup];                  // [G]
+  float total[1024];                      // [d]
+};
+
+// The linear part of the values of pages [begin, begin + count), whose heads have the weights [G, kChunkRows], each
+// that of all tokens left of a page. `factors` [G, kChunkRows] is working memory; keep [G] is all ones.
+template <class T>
+inline void add_linear_values(const DecodeArgs& a, const Item& item, int64_t begin, int count, const float* weights,
+                              float* factors, const float* keep, float* output) {
+  const int group = static_cast<int>(a.heads / a.kv_heads), rank = a.layout.value_rank;
+  const T* rows[kChunkRows];
+  int filled = 0;
+  for (int i = 0; i < count; ++i) {
+    const int64_t p = begin + i;
+    if (p + 1 < item.num_pages) prefetch(factor_page(a, item, p + 1).value_projection(), rank * a.head_size * sizeof(T));
+    const FactorPage page = factor_page(a, item, p);
+    const float *mean = page.key_factor_mean(), *scale = page.value_scale();
+    for (int first = 0; first < rank;) {
+      const int here = smaller(rank - first, kChunkRows - filled);
+      for (int g = 0; g < group; ++g) {
+        const float* moment = item.moment + (p * group + g) * item.value_stride + first;
+        const float weight = weights[g * kChunkRows + i];
+        const float share = weight > 0.0f ? weight / item.page_sum[g * item.pages + p] : 0.0f;
+        float* out = factors + g * kChunkRows + filled;
+        for (int j = 0; j < here; ++j) out[j] = (moment[j] * share - mean[first + j] * weight) * scale[first + j];
+      }
+      for (int j = 0; j < here; ++j) {
+        rows[filled + j] = static_cast<const T*>(page.value_projection()) + (first + j) * a.head_size;
+      }
+      first += here;
+      filled += here;
+      if (filled < kChunkRows && (first < rank || i + 1 < count)) continue;
+      add_rows<T>(rows, nullptr, filled, factors, keep, group, a.head_size, output);
+      filled = 0;
+    }
+  }
+}
+
+inline void attend_task(const DecodeArgs& a, Item& item, int64_t task, TaskMemory& memory) {
+  float *scores = memory.scores, *factors = memory.factors, *keep = memory.keep;
   const int group = static_cast<int>(a.heads / a.kv_heads);
   const Partial& out = item.partials[task];
   if (task < item.row_tasks) {
@@ -60,6 +103,10 @@ inline void attend_task(const DecodeArgs& a, Item& item, int64_t task, float* sc
       }
     }
     add_rows<bf16>(means, nullptr, here, scores, keep, group, a.head_size, out.output);
+    if (item.value_stride) {
+      const auto add = a.layout.is_int8 ? add_linear_values<i8> : add_linear_values<bf16>;
+      add(a, item, p, here, scores, factors, keep, out.output);
+    }
   }
   to_natural_order<bf16>(out.output, group, a.head_size);
 }
@@ -86,16 +133,14 @@ inline void write_selection(const DecodeArgs& a, const Item& item) {
       const bool is_counted = item.has_residual && p >= item.first_page && p < item.num_pages;
       const float left = is_counted ? item.page_sum[g * item.pages + p] : 0.0f;
       out[p] = left > 0.0f ? item.reference[g * item.pages + p] / kLog2e + __builtin_logf(left) : -__builtin_inff();
+      if (!a.residual_factor) continue;
+      const int64_t rank = a.layout.value_rank;
+      const float* moments = item.moment + (p * group + g) * item.value_stride;
+      float* factor = a.residual_factor + (out + p - a.residual) * rank;
+      for (int64_t j = 0; j < rank; ++j) factor[j] = left > 0.0f ? moments[j] / left : 0.0f;
     }
   }
 }
-
-// Working memory of one attention task: scores [G, kChunkRows], keep [G], total [d].
-struct TaskMemory {
-  float scores[kMaxGroup * kChunkRows];
-  float keep[kMaxGroup];
-  float total[1024];
-};
 
 inline void select_item(const DecodeArgs& a, Item& item) {
   prepare(a, item);
@@ -123,7 +168,7 @@ inline void run_whole(const DecodeArgs& a, Item& item) {
   TaskMemory memory;
   select_item(a, item);
   for (int64_t i = 0; i < item.row_tasks + item.residual_tasks; ++i) {
-    attend_task(a, item, i, memory.scores, memory.keep);
+    attend_task(a, item, i, memory);
   }
   finish_item(a, item, memory);
 }
@@ -168,7 +213,7 @@ inline void run_split(const DecodeArgs& a, Item* items, int64_t num_items, const
       parallel, items, num_items, [](const Item& item) { return item.row_tasks + item.residual_tasks; },
       [&](Item& item, int64_t i) {
         TaskMemory memory;
-        attend_task(a, item, i, memory.scores, memory.keep);
+        attend_task(a, item, i, memory);
       });
   for_each_part(parallel, items, num_items, by_item, [&](Item& item, int64_t) {
     TaskMemory memory;

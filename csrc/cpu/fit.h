@@ -59,8 +59,8 @@ inline float mean_diagonal(const float* matrix, int64_t n, int64_t stride) {
   return total / n;
 }
 
-// out [d, r] = numerator [d, r] (gram + ridge)^-1, by Cholesky in double precision.
-inline void solve_right(const Fit& f, const float* numerator, const float* gram, float* out) {
+// The lower triangle l with l l' = gram + ridge, [r, r] in f.triangle.
+inline double* cholesky(const Fit& f, const float* gram) {
   const int r = f.rank;
   const double ridge = larger<double>(f.ridge * mean_diagonal(gram, r, f.width), 1.17549435e-38);
   double* l = f.triangle;
@@ -71,6 +71,13 @@ inline void solve_right(const Fit& f, const float* numerator, const float* gram,
       l[i * r + j] = i == j ? __builtin_sqrt(larger(value, 1e-300)) : value / l[j * r + j];
     }
   }
+  return l;
+}
+
+// out [d, r] = numerator [d, r] (gram + ridge)^-1, by Cholesky in double precision.
+inline void solve_right(const Fit& f, const float* numerator, const float* gram, float* out) {
+  const int r = f.rank;
+  const double* l = cholesky(f, gram);
   double* m = f.inverse_triangle;  // the rows of l^-1
   for (int i = 0; i < r; ++i) {
     for (int j = 0; j <= i; ++j) m[i * r + j] = i == j ? 1.0 : 0.0;

@@ -39,6 +39,8 @@ struct Item {
   uint32_t* weights;    // [num_pages, N / W, pairs, W], 2^(score - reference), two bfloat16 to a word
   float* reference;     // [G, pages], the head's log-sum-exp over the pages before, roughly
   float* page_sum;      // [G, pages], of `weights`; later without the selected tokens
+  float* moment;        // [num_pages, G, value_stride], leading key factors summed with `weights`; likewise
+  int value_stride;     // value rank rounded up to W; 0: no moments
   float* coefficient;   // [G, pages], 2^(reference - log-sum-exp over all pages)
   float* group_weight;  // [num_pages, N], softmax weights summed over the heads; -1 where no candidate
   float* peaks;         // [num_pages, N / peak_span], largest of each peak_span tokens
@@ -71,6 +73,7 @@ inline Item make_item(const DecodeArgs& a, int64_t index) {
   item.pages = ceil_div(item.num_pages, W) * W;
   item.pairs = static_cast<int>(ceil_div(a.heads / a.kv_heads, 2));
   item.stride = static_cast<int>(ceil_div(a.layout.rank, W) * W);
+  item.value_stride = item.has_residual && a.with_moments ? static_cast<int>(ceil_div(a.layout.value_rank, W) * W) : 0;
   item.range_pages = larger<int64_t>(kRangeTokens / n, 1);
   item.ranges = item.is_scored ? ceil_div(item.num_pages, item.range_pages) : 0;
   item.row_tasks = a.output ? ceil_div(item.num_rows, kTaskRows) : 0;
@@ -103,6 +106,7 @@ inline void carve(const DecodeArgs& a, Item& item, Carver& carver) {
   item.weights = carver.take<uint32_t>(item.pairs * tokens);
   item.reference = carver.take<float>(group * item.pages);
   item.page_sum = carver.take<float>(group * item.pages);
+  item.moment = carver.take<float>(item.num_pages * group * item.value_stride);
   item.coefficient = carver.take<float>(group * item.pages);
   item.group_weight = carver.take<float>(tokens);
   item.peaks = carver.take<float>(tokens / item.peak_span);

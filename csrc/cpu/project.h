@@ -44,6 +44,16 @@ struct FactorPage {
   const void* projection() const { return data + layout->projection_offset; }  // [r, d]
   const float* scale() const { return reinterpret_cast<const float*>(data + layout->scale_offset); }
   const bf16* value_mean() const { return reinterpret_cast<const bf16*>(data + layout->value_mean_offset); }
+  // The leading columns of a token's key factor.
+  void prefetch_token(int64_t n, int64_t page_size) const {
+    const int words = layout->value_rank / (layout->is_int8 ? 4 : 2);
+    for (int word = 0; word < words; ++word) __builtin_prefetch(data + (word * page_size + n) * 4);
+  }
+  const void* value_projection() const { return data + layout->value_projection_offset; }  // [r, d]
+  const float* value_scale() const { return reinterpret_cast<const float*>(data + layout->value_scale_offset); }
+  const float* key_factor_mean() const {
+    return reinterpret_cast<const float*>(data + layout->key_factor_mean_offset);
+  }
 };
 
 // The query in the coordinates of one page.

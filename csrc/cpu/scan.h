@@ -1,6 +1,7 @@
 // The scan over all pages of an item: exponentials of the scores, page sums and log-sum-exps.
 #pragma once
 
+#include "moment.h"
 #include "select.h"
 
 namespace lrqk {
@@ -145,6 +146,10 @@ inline void scan_page(const DecodeArgs& a, Item& item, int64_t p, int64_t range,
     item.page_sum[g * item.pages + p] = totals[g];
   }
   running.add(group, reference, totals);
+  if (item.value_stride) {
+    page_moments(page, item.weights + p * n * item.pairs, group, item.pairs, n, item.value_stride,
+                 item.moment + p * group * item.value_stride);
+  }
 }
 
 inline void scan_range(const DecodeArgs& a, Item& item, int64_t range) {

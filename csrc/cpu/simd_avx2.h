@@ -136,6 +136,15 @@ inline I load_words(const void* p) { return _mm256_loadu_si256((const I*)p); }
 inline I even_bytes(I a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
 inline I odd_bytes(I a) { return _mm256_srai_epi16(a, 8); }
 inline I widen_bytes(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+inline void load_pair(const i8* p, F& a, F& b) {
+  const I wide = widen_bytes(&p->value);
+  a = to_float(_mm256_srai_epi32(_mm256_slli_epi32(wide, 16), 16));
+  b = to_float(_mm256_srai_epi32(wide, 16));
+}
+template <int k>
+inline F byte_to_float(I a) {
+  return to_float(_mm256_srai_epi32(k < 3 ? _mm256_slli_epi32(a, 24 - 8 * k) : a, 24));
+}
 inline I broadcast_word(const int32_t* p) { return _mm256_set1_epi32(*p); }
 inline I dot(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 inline void store_pair_words(int32_t* p, F a) {

@@ -123,6 +123,17 @@ inline I load_words(const void* p) { return _mm512_loadu_si512(p); }
 inline I even_bytes(I a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
 inline I odd_bytes(I a) { return _mm512_srai_epi16(a, 8); }
 inline I widen_bytes(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+// 2 W elements in the order of bfloat16.
+inline void load_pair(const i8* p, F& a, F& b) {
+  const I wide = widen_bytes(&p->value);
+  a = to_float(_mm512_srai_epi32(_mm512_slli_epi32(wide, 16), 16));
+  b = to_float(_mm512_srai_epi32(wide, 16));
+}
+// The int8 at place k of each word.
+template <int k>
+inline F byte_to_float(I a) {
+  return to_float(_mm512_srai_epi32(k < 3 ? _mm512_slli_epi32(a, 24 - 8 * k) : a, 24));
+}
 inline I broadcast_word(const int32_t* p) { return _mm512_set1_epi32(*p); }
 // acc + the sums of two neighbouring int16 products.
 inline I dot(I acc, I a, I b) {

@@ -158,6 +158,15 @@ typedef int16_t Short __attribute__((vector_size(16)));
 inline I even_bytes(I a) { return (I)(((Short)a << 8) >> 8); }
 inline I odd_bytes(I a) { return (I)((Short)a >> 8); }
 inline I widen_bytes(const int8_t* p) { return (I)Short{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}; }
+inline void load_pair(const i8* p, F& a, F& b) {
+  const I wide = widen_bytes(&p->value);
+  a = to_float((wide << 16) >> 16);
+  b = to_float(wide >> 16);
+}
+template <int k>
+inline F byte_to_float(I a) {
+  return to_float((a << (24 - 8 * k)) >> 24);
+}
 inline I broadcast_word(const int32_t* p) { return splat(*p); }
 inline I dot(I acc, I a, I b) { return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16); }
 inline void store_pair_words(int32_t* p, F a) {

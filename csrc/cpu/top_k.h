@@ -8,18 +8,6 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
 // The k-th largest, rounded down to its leading `bits` of 31. Negative values do not take part; with fewer than k
 // others the result is 0. The count is a multiple of W.
 inline float kth_largest(const float* values, int64_t n, int64_t k, int bits) {

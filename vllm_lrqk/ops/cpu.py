@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vllm_lrqk.config import LRQKConfig
-from vllm_lrqk.factors import QUERY_SHARE, RIDGE
+from vllm_lrqk.factors import QUERY_SHARE, RIDGE, VALUE_ITERATIONS, VALUE_SHIFT
 from vllm_lrqk.ops import Kernels, torch_ops
 from vllm_lrqk.page import FactorPages, PageFormat
 from vllm_lrqk.select import Selection, candidate_range
@@ -73,9 +73,11 @@ def _int32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _layout(page_format: PageFormat) -> tuple[int, bool, int, int, int]:
+def _layout(page_format: PageFormat) -> tuple[int, int, bool, list[int]]:
     f = page_format
-    return f.rank, f.factor_dtype == torch.int8, f.projection_offset, f.scale_offset, f.value_mean_offset
+    offsets = [f.projection_offset, f.scale_offset, f.value_mean_offset]
+    offsets += [f.value_projection_offset, f.value_scale_offset, f.key_factor_mean_offset]
+    return f.rank, f.value_rank, f.factor_dtype == torch.int8, offsets
 
 
 def _append_rows(
@@ -108,6 +110,8 @@ def _seal_pages(
         config.lambda_k,
         RIDGE,
         QUERY_SHARE,
+        VALUE_SHIFT,
+        VALUE_ITERATIONS,
         index,
     )
 
@@ -163,7 +167,7 @@ def _decode_attention(
         config.top_p,
         config.recent_tokens,
         config.sink_tokens,
-        config.residual == "mean",
+        config.residual != "none",
         output,
         attended,
         index,
@@ -189,8 +193,11 @@ def _select(
     num_pages = -(-longest // n) if longest > first else 0
     places = min(config.top_k, num_pages * n) + config.sink_tokens + config.recent_tokens + n
     rows = torch.empty(len(query), factors.raw.shape[1], places, dtype=torch.int32)
-    with_residual = config.residual == "mean" and num_pages > 0
-    residual = torch.empty(*query.shape[:2], num_pages) if with_residual else None
+    residual = residual_factor = None
+    if config.residual != "none" and num_pages > 0:
+        residual = torch.empty(*query.shape[:2], num_pages)
+        if config.residual == "linear":
+            residual_factor = torch.zeros(*residual.shape, config.num_value_ranks)
     torch.ops.vllm_lrqk.cpu_select(
         query,
         factors.raw,
@@ -205,6 +212,7 @@ def _select(
         config.sink_tokens,
         rows,
         residual,
+        residual_factor,
         index,
     )
-    return Selection(rows, residual)
+    return Selection(rows, residual, residual_factor)

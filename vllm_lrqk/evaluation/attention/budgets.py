@@ -18,6 +18,7 @@ at the end of the run. Bookkeeping of some bytes per row or page is left out for
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.evaluation.attention.qkv import QKV
 from vllm_lrqk.page import PageFormat
 
@@ -93,12 +94,12 @@ def _plan(shape: Shape, budget: int, index_bytes: int, always: int, rank: int | 
 
 def plan_linear(shape: Shape, budget: int, settings: Settings) -> Plan | None:
     """As `plan_pages`, for factor pages with linear values."""
-    return plan_pages(shape, budget, settings, linear_values=True)
+    return plan_pages(shape, budget, settings, LRQKConfig(rank=settings.rank, residual="linear").num_value_ranks)
 
 
-def plan_pages(shape: Shape, budget: int, settings: Settings, linear_values: bool = False) -> Plan | None:
+def plan_pages(shape: Shape, budget: int, settings: Settings, value_rank: int = 0) -> Plan | None:
     """Page-local factors: the index are the factor pages, the open one included, which is always attended."""
-    page_format = PageFormat(settings.page_size, shape.head_size, settings.rank, linear_values=linear_values)
+    page_format = PageFormat(settings.page_size, shape.head_size, settings.rank, value_rank=value_rank)
     pages = -(-shape.tokens // settings.page_size)
     always = settings.sink_tokens + settings.recent_tokens + settings.page_size
     return _plan(shape, budget, shape.kv_heads * pages * page_format.page_bytes, always, settings.rank)
