@@ -12,6 +12,7 @@ from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.select import Selection, select
 
 triton_attend = interpreted_kernels("triton_attend")
+triton_parts = interpreted_kernels("triton_parts")
 
 CONFIG = LRQKConfig(rank=8, page_size=16, top_k=20, recent_tokens=5, sink_tokens=3)
 LENGTHS = [1, 15, 33, 63, 100, 211]
@@ -21,9 +22,7 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 def run(batch: Batch, selection: Selection, splits: int = 3, parts: int | None = None) -> torch.Tensor:
     requests, heads, d = batch.query.shape
     kv_heads = batch.host.shape[1]
-    memory = triton_attend.allocate_parts(
-        requests, kv_heads, parts or splits, heads // kv_heads, d, torch.device("cpu")
-    )
+    memory = triton_parts.allocate_parts(requests, kv_heads, parts or splits, heads // kv_heads, d, torch.device("cpu"))
     for tensor in (memory.output, memory.highest, memory.sums):
         tensor.fill_(torch.nan)
     address = triton_attend.host_addresses(selection.rows, batch.block_table, batch.host)
@@ -36,7 +35,7 @@ def run(batch: Batch, selection: Selection, splits: int = 3, parts: int | None =
         soon, late = address.masked_fill(is_late, -1), address.masked_fill(~is_late, -1)
         triton_attend.attend_rows(batch.query, batch.host, soon, batch.scale, memory, 0, splits, *arguments)
         triton_attend.attend_rows(batch.query, batch.host, late, batch.scale, memory, splits, parts - splits)
-    triton_attend.combine(memory, output)
+    triton_parts.combine(memory, output)
     return output
 
 

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_lrqk.ops import triton_attend, triton_select
+from vllm_lrqk.ops import triton_attend, triton_parts, triton_select
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -49,11 +49,11 @@ def attend_source(dtype: str, group: int, head_size: int) -> ASTSource:
 
 
 def combine_source(dtype: str) -> ASTSource:
-    signature = dict.fromkeys(triton_attend._combine_kernel.arg_names, "i32")
+    signature = dict.fromkeys(triton_parts._combine_kernel.arg_names, "i32")
     signature |= dict.fromkeys(("part_output", "part_max", "part_sum"), "*fp32")
     signature["output"] = f"*{TYPES[dtype]}"
     constants = {"HEADS": 32, "GROUP": 4, "HEAD_SIZE": 128, "HEAD_BLOCK": 128, "PARTS_BLOCK": 64}
-    return make_source(triton_attend._combine_kernel, signature, constants)
+    return make_source(triton_parts._combine_kernel, signature, constants)
 
 
 def score_source(dtype: str, factor: str, word: int) -> ASTSource:

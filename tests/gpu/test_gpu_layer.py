@@ -10,7 +10,7 @@ from served_layers import ServedLayers, serve
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.device_counters import DeviceCounters
 from vllm_lrqk.device_step import DeviceStep, filled_pages
-from vllm_lrqk.ops import triton_attend
+from vllm_lrqk.ops import triton_attend, triton_parts
 
 SPARSE = LRQKConfig(rank=4, page_size=16, top_k=12, recent_tokens=3, sink_tokens=2)
 COVERING = LRQKConfig(rank=4, page_size=16, top_k=80, recent_tokens=3, sink_tokens=2)
@@ -96,7 +96,7 @@ def test_prefill_never_waits(operators: Any, device: torch.device, pin: Pin, req
 def test_warm_up_compiles_for_every_number_of_requests(operators: Any, device: torch.device, pin: Pin) -> None:
     """A capture must find its programs compiled."""
     layers = ServedLayers(operators, SPARSE, device, pin)
-    kernels = (triton_attend._attend_kernel, triton_attend._combine_kernel)
+    kernels = (triton_attend._attend_kernel, triton_parts._combine_kernel)
 
     def compiled() -> list[int]:
         return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]

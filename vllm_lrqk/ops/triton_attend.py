@@ -1,18 +1,18 @@
 """Flash-decode over rows at given addresses, with the residual of the other pages folded in: a Triton kernel.
 
-The rows of one KV head are split over programs, each of which leaves its part: output, maximum and sum. `combine`
-merges the parts. A part may come from any rows, so that rows that are still on their way can follow later.
+The rows of one KV head are split over programs, each of which leaves its part: output, maximum and sum, which
+`triton_parts.combine` merges. A part may come from any rows: those that are still on their way can follow later.
 
 Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, R places for rows, P pages.
 """
 
 import os
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from vllm_lrqk.ops.triton_parts import Parts
 from vllm_lrqk.page import FactorPages
 
 LOG2E = 1.4426950408889634
@@ -112,74 +112,9 @@ def _attend_kernel(
     tl.store(part_output + part_at, output, mask=is_head[:, None] & is_column[None, :])
 
 
-@triton.jit(do_not_specialize=["parts"])
-def _combine_kernel(
-    part_output,
-    part_max,
-    part_sum,
-    output,  # [B, H, d]
-    output_request_stride,
-    output_head_stride,
-    parts,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr,
-):
-    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    item = request * (HEADS // GROUP) + head // GROUP
-    part, column = tl.arange(0, PARTS_BLOCK), tl.arange(0, HEAD_BLOCK)
-    at = (item * parts + part) * GROUP + head % GROUP
-    is_part, is_column = part < parts, column < HEAD_SIZE
-    highest = tl.load(part_max + at, mask=is_part, other=float("-inf"))
-    sums = tl.load(part_sum + at, mask=is_part, other=0.0)
-    top = tl.max(highest, 0)
-    weight = tl.exp2(highest - tl.where(top == float("-inf"), 0.0, top))
-    mask = is_part[:, None] & is_column[None, :]
-    outputs = tl.load(part_output + at[:, None] * HEAD_SIZE + column[None, :], mask=mask, other=0.0)
-    total = tl.sum(weight * sums, 0)
-    result = tl.sum(weight[:, None] * outputs, 0) / tl.where(total == 0.0, 1.0, total)
-    to = output + request * output_request_stride + head * output_head_stride + column
-    tl.store(to, result.to(output.dtype.element_ty), mask=is_column)
-
-
-@dataclass
-class Parts:
-    """Attention over disjoint sets of rows, to be combined; all float32."""
-
-    output: torch.Tensor
-    """[B * KV, parts, G, d]"""
-    highest: torch.Tensor
-    """[B * KV, parts, G]"""
-    sums: torch.Tensor
-    """[B * KV, parts, G]"""
-
-    def cut(self, items: int, parts: int) -> "Parts":
-        """The same memory for other numbers of items and parts; at most as many together."""
-        group, head_size = self.output.shape[2:]
-        count = items * parts * group
-        return Parts(
-            self.output.view(-1)[: count * head_size].view(items, parts, group, head_size),
-            self.highest.view(-1)[:count].view(items, parts, group),
-            self.sums.view(-1)[:count].view(items, parts, group),
-        )
-
-
 def num_splits(items: int, places: int, multiprocessors: int) -> int:
     """Programs per (request, KV head): enough to fill the device twice, none of them without a tile."""
     return max(1, min(-(-2 * multiprocessors // max(items, 1)), -(-places // ROWS_PER_TILE)))
-
-
-def parts_block(parts: int) -> int:
-    """The size that `combine` is compiled for; all else depends on the layer's shapes alone."""
-    return triton.next_power_of_2(parts)
-
-
-def allocate_parts(requests: int, kv_heads: int, parts: int, group: int, head_size: int, device: torch.device) -> Parts:
-    """Memory for the parts of one step."""
-    shape = (requests * kv_heads, parts, group)
-    return Parts(*(torch.empty(*tail, device=device) for tail in ((*shape, head_size), shape, shape)))
 
 
 def attend_rows(
@@ -239,25 +174,6 @@ def attend_rows(
         TILE=ROWS_PER_TILE,
         DOT=dot,
         num_warps=4,
-    )
-
-
-def combine(parts: Parts, output: torch.Tensor) -> None:
-    """Merge the parts into output [B, H, d]; a request without any row gets zeros."""
-    requests, heads, head_size = output.shape
-    _combine_kernel[(requests, heads)](
-        parts.output,
-        parts.highest,
-        parts.sums,
-        output,
-        output.stride(0),
-        output.stride(1),
-        parts.output.shape[1],
-        HEADS=heads,
-        GROUP=parts.output.shape[2],
-        HEAD_SIZE=head_size,
-        HEAD_BLOCK=max(16, triton.next_power_of_2(head_size)),
-        PARTS_BLOCK=parts_block(parts.output.shape[1]),
     )
 
 
