@@ -200,7 +200,7 @@ class StepUnderTest:
         w, parts = self.w, self.path._parts
         splits = self.path._splits(w.shape.batch)
         parts = parts.cut(w.shape.batch * w.shape.kv_heads, splits)
-        left = (self.selection.residual, w.factors, w.block_table)
+        left = (self.selection.residual, w.factors, w.block_table, self.selection.residual_factor)
         triton_attend.attend_rows(w.query, self.hot.rows, self.resolved.address, w.scale, parts, 0, splits, *left)
         triton_parts.combine(parts, self.output)
 

@@ -38,10 +38,10 @@ WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.fixture
-def layers(monkeypatch: pytest.MonkeyPatch) -> ServedLayers:
+@pytest.fixture(params=["linear", "mean"])
+def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ServedLayers:
     monkeypatch.setattr(cuda_prefill, "default_attention", lambda: _flash)
-    return ServedLayers(emulated_operators(), CONFIG, torch.device("cpu"))
+    return ServedLayers(emulated_operators(), replace(CONFIG, residual=request.param), torch.device("cpu"))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The layer state as vLLM drives it: prompts, decode steps in graphs, pages that change hands, padding."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,9 +55,12 @@ def test_covering_selection(
 
 
 @pytest.mark.parametrize("kind", [ServedLayers, CapturedLayers], ids=["eager", "graph"])
-def test_sparse_selection(operators: Any, device: torch.device, pin: Pin, kind: type[ServedLayers]) -> None:
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_sparse_selection(
+    operators: Any, device: torch.device, pin: Pin, kind: type[ServedLayers], residual: str
+) -> None:
     """One of 12 rows may change places with one of nearly equal weight; two requests are served at a time."""
-    layers = kind(operators, SPARSE, device, pin, at_once=2)
+    layers = kind(operators, replace(SPARSE, residual=residual), device, pin, at_once=2)
     serve(layers, 0.1)
     assert (layers.layer.hot.counters > 0).all()
 
@@ -93,9 +97,12 @@ def test_prefill_never_waits(operators: Any, device: torch.device, pin: Pin, req
     assert layers.error() < ROUNDING[torch.float32]
 
 
-def test_warm_up_compiles_for_every_number_of_requests(operators: Any, device: torch.device, pin: Pin) -> None:
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_warm_up_compiles_for_every_number_of_requests(
+    operators: Any, device: torch.device, pin: Pin, residual: str
+) -> None:
     """A capture must find its programs compiled."""
-    layers = ServedLayers(operators, SPARSE, device, pin)
+    layers = ServedLayers(operators, replace(SPARSE, residual=residual), device, pin)
     kernels = (triton_attend._attend_kernel, triton_parts._combine_kernel)
 
     def compiled() -> list[int]:

@@ -127,6 +127,7 @@ def _decode_attention(
         requests * kv_heads, address.shape[-1], cuda_library.multiprocessors(query.device)
     )
     parts = triton_parts.allocate_parts(requests, kv_heads, splits, heads // kv_heads, head_size, query.device)
-    triton_attend.attend_rows(query, host, address, scale, parts, 0, splits, selection.residual, factors, block_table)
+    left = (selection.residual, factors, block_table, selection.residual_factor)
+    triton_attend.attend_rows(query, host, address, scale, parts, 0, splits, *left)
     triton_parts.combine(parts, output)
     return (selection.rows >= 0).sum((1, 2))

@@ -111,9 +111,8 @@ class DecodePath:
         self._fetch(hot, host, key, value, resolved)
         splits = self._splits(len(query))
         parts = self._parts.cut(len(query) * self.kv_heads, 2 * splits)
-        triton_attend.attend_rows(
-            query, hot.rows, resolved.address, scale, parts, 0, splits, selection.residual, factors, block_table
-        )
+        left = (selection.residual, factors, block_table, selection.residual_factor)
+        triton_attend.attend_rows(query, hot.rows, resolved.address, scale, parts, 0, splits, *left)
         if self.copy_stream is not None:
             torch.cuda.current_stream(query.device).wait_stream(self.copy_stream)
         triton_attend.attend_rows(query, hot.rows, resolved.miss_address, scale, parts, splits, splits)
