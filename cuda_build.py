@@ -15,7 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 LIBRARY = "vllm_lrqk._cuda_kernels"
-SOURCES = [f"csrc/cuda/{name}.cu" for name in ("score", "weigh", "collect", "emit", "select", "resolve", "copy")]
+SOURCES = [
+    f"csrc/cuda/{name}.cu" for name in ("score", "weigh", "collect", "emit", "moment", "select", "resolve", "copy")
+]
 BINDINGS = "csrc/cuda/bindings.cpp"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

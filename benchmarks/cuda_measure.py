@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vllm_lrqk.attend import attend
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.decode import decode_attention
-from vllm_lrqk.ops import cuda, cuda_library, triton_attend
+from vllm_lrqk.ops import cuda, cuda_library, triton_attend, triton_parts
 from vllm_lrqk.ops.cuda_decode import DecodePath
 from vllm_lrqk.ops.cuda_hot import DeviceHotCache
 from vllm_lrqk.page import FactorPages
@@ -200,9 +200,9 @@ class StepUnderTest:
         w, parts = self.w, self.path._parts
         splits = self.path._splits(w.shape.batch)
         parts = parts.cut(w.shape.batch * w.shape.kv_heads, splits)
-        left = (self.selection.residual, w.factors, w.block_table)
+        left = (self.selection.residual, w.factors, w.block_table, self.selection.residual_factor)
         triton_attend.attend_rows(w.query, self.hot.rows, self.resolved.address, w.scale, parts, 0, splits, *left)
-        triton_attend.combine(parts, self.output)
+        triton_parts.combine(parts, self.output)
 
     def error(self) -> float:
         """Of the output, against the plain torch form on the same rows (on the CPU, from the host pages)."""

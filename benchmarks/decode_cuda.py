@@ -53,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=2048)
     parser.add_argument("--page-size", type=int, default=256)
     parser.add_argument("--factor-dtype", choices=("int8", "bfloat16"), default="int8")
+    parser.add_argument("--residual", choices=("linear", "mean", "none"), default=LRQKConfig.residual)
     parser.add_argument("--miss-rates", type=float, nargs="+", default=[0.0, 0.05, 0.2, 0.5, 1.0])
     parser.add_argument("--step-miss-rate", type=float, default=0.05, help="of the whole step")
     parser.add_argument("--repeats", type=int, default=20)
@@ -71,7 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def config_of(arguments: argparse.Namespace) -> LRQKConfig:
-    names = ("rank", "top_k", "page_size", "factor_dtype")
+    names = ("rank", "top_k", "page_size", "factor_dtype", "residual")
     return LRQKConfig(**{name: getattr(arguments, name) for name in names})
 
 

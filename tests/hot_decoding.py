@@ -148,8 +148,9 @@ class HotDecoding:
         The second is larger: rows of nearly equal weight change places where scores differ in their last bits.
         """
         query = self.step.query[: self.requests].cpu()
-        rows, residual = self.selection.rows[: self.requests].cpu(), self.selection.residual
-        chosen = Selection(rows, None if residual is None else residual[: self.requests].cpu())
+        rows = self.selection.rows[: self.requests].cpu()
+        left = (self.selection.residual, self.selection.residual_factor)
+        chosen = Selection(rows, *(None if x is None else x[: self.requests].cpu() for x in left))
         rows_kv = gather_rows(self.host_cpu, self.table, rows)
         same = attend(query, rows_kv, chosen, self.factors_cpu, self.table, self.batch.scale)
         own = torch.empty_like(same)

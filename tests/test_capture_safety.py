@@ -16,7 +16,7 @@ from served_layers import ServedLayers  # noqa: E402
 from vllm_lrqk.config import LRQKConfig  # noqa: E402
 from vllm_lrqk.device_counters import DeviceCounters  # noqa: E402
 from vllm_lrqk.device_step import DeviceStep, filled_pages  # noqa: E402
-from vllm_lrqk.ops import cuda_prefill, triton_attend  # noqa: E402
+from vllm_lrqk.ops import cuda_prefill, triton_attend, triton_parts  # noqa: E402
 from vllm_lrqk.ops.cuda_decode import DecodePath  # noqa: E402
 from vllm_lrqk.prefill import _flash  # noqa: E402
 
@@ -38,10 +38,10 @@ WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.fixture
-def layers(monkeypatch: pytest.MonkeyPatch) -> ServedLayers:
+@pytest.fixture(params=["linear", "mean"])
+def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ServedLayers:
     monkeypatch.setattr(cuda_prefill, "default_attention", lambda: _flash)
-    return ServedLayers(emulated_operators(), CONFIG, torch.device("cpu"))
+    return ServedLayers(emulated_operators(), replace(CONFIG, residual=request.param), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def launches(layers: ServedLayers, monkeypatch: pytest.MonkeyPatch) -> list[tupl
     """What the layer launches from now on; nothing runs."""
     recorded = Recorded(layers.path.workspace.operators)
     layers.path.workspace.operators = layers.layer.hot.operators = recorded
-    for name in ("_attend_kernel", "_combine_kernel"):
-        monkeypatch.setattr(triton_attend, name, RecordedKernel(name, recorded.calls))
+    for module, name in ((triton_attend, "_attend_kernel"), (triton_parts, "_combine_kernel")):
+        monkeypatch.setattr(module, name, RecordedKernel(name, recorded.calls))
     return recorded.calls
 
 

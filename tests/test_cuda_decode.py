@@ -50,7 +50,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     check_steps(make(dtype=dtype), 2)
 
 
-@pytest.mark.parametrize("residual", ["mean", "none"])
+@pytest.mark.parametrize("residual", ["linear", "mean", "none"])
 @pytest.mark.parametrize(("group", "d"), [(1, 64), (4, 128), (7, 96)])
 def test_shapes(residual: str, group: int, d: int) -> None:
     config = LRQKConfig(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3, residual=residual)

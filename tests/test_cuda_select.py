@@ -14,6 +14,7 @@ from vllm_lrqk.select import Selection, select
 triton_select = interpreted_kernels("triton_select")
 ROUNDING = {"emulated": HALF, "interpreted": 0.0}
 KINDS = list(ROUNDING)
+RESIDUALS = ["mean", "linear"]
 CPU = torch.device("cpu")
 
 
@@ -25,6 +26,7 @@ def workspace_for(layer: Layer, requests: int = 0, pages: int = 0) -> SelectWork
     workspace._scratch.fill_(0xFF)
     workspace._rows.fill_(-77)
     workspace._residual.fill_(torch.nan)
+    workspace._residual_factor.fill_(torch.nan)
     return workspace
 
 
@@ -43,47 +45,63 @@ def check(kind: str, layer: Layer) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestAgainstTorch:
-    def test_lengths(self, kind: str) -> None:
-        layer = make_layer([1, 2, 63, 64, 65, 160, 171, 172, 173, 500, 1000], LRQKConfig(page_size=32, top_k=100))
-        check(kind, layer)
+    @pytest.mark.parametrize("residual", RESIDUALS)
+    def test_lengths(self, kind: str, residual: str) -> None:
+        config = LRQKConfig(page_size=32, top_k=100, residual=residual)
+        check(kind, make_layer([1, 2, 63, 64, 65, 160, 171, 172, 173, 500, 1000], config))
 
+    @pytest.mark.parametrize("residual", RESIDUALS)
     @pytest.mark.parametrize("top_k", [1, 16, 435, 436, 437, 5000])
-    def test_top_k(self, kind: str, top_k: int) -> None:
+    def test_top_k(self, kind: str, top_k: int, residual: str) -> None:
         """500 tokens have 436 - 4 candidates."""
-        check(kind, make_layer([500], LRQKConfig(page_size=16, top_k=top_k)))
+        check(kind, make_layer([500], LRQKConfig(page_size=16, top_k=top_k, residual=residual)))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
-    def test_dtypes(self, kind: str, dtype: torch.dtype, factor_dtype: str) -> None:
-        config = LRQKConfig(page_size=64, top_k=128, factor_dtype=factor_dtype)
+    @pytest.mark.parametrize("residual", RESIDUALS)
+    def test_dtypes(self, kind: str, dtype: torch.dtype, factor_dtype: str, residual: str) -> None:
+        config = LRQKConfig(page_size=64, top_k=128, factor_dtype=factor_dtype, residual=residual)
         check(kind, make_layer([700, 64, 260], config, dtype))
 
     @pytest.mark.parametrize("page_size", [16, 64, 128, 256, 1024])
-    def test_page_size(self, kind: str, page_size: int) -> None:
-        check(kind, make_layer([2500, 333], LRQKConfig(page_size=page_size, top_k=200)))
+    @pytest.mark.parametrize("residual", RESIDUALS)
+    def test_page_size(self, kind: str, page_size: int, residual: str) -> None:
+        check(kind, make_layer([2500, 333], LRQKConfig(page_size=page_size, top_k=200, residual=residual)))
 
-    @pytest.mark.parametrize("rank", [4, 12, 20, 32])
+    @pytest.mark.parametrize("rank", [4, 12, 20, 32, 64])
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
-    def test_rank(self, kind: str, rank: int, factor_dtype: str) -> None:
-        check(kind, make_layer([400], LRQKConfig(page_size=64, top_k=100, rank=rank, factor_dtype=factor_dtype)))
+    @pytest.mark.parametrize("residual", RESIDUALS)
+    def test_rank(self, kind: str, rank: int, factor_dtype: str, residual: str) -> None:
+        config = LRQKConfig(page_size=64, top_k=100, rank=rank, factor_dtype=factor_dtype, residual=residual)
+        check(kind, make_layer([400], config))
 
     @pytest.mark.parametrize(("head_size", "group"), [(64, 1), (96, 2), (128, 4), (256, 7), (128, 8), (64, 12)])
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
-    def test_heads(self, kind: str, head_size: int, group: int, factor_dtype: str) -> None:
-        config = LRQKConfig(page_size=32, top_k=100, factor_dtype=factor_dtype)
+    @pytest.mark.parametrize("residual", RESIDUALS)
+    def test_heads(self, kind: str, head_size: int, group: int, factor_dtype: str, residual: str) -> None:
+        config = LRQKConfig(page_size=32, top_k=100, factor_dtype=factor_dtype, residual=residual)
         check(kind, make_layer([600], config, head_size=head_size, group=group))
 
+    @pytest.mark.parametrize("group", [1, 2, 3, 12])
+    @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
+    def test_highest_rank_of_each_number_of_heads(self, kind: str, group: int, factor_dtype: str) -> None:
+        config = LRQKConfig(page_size=64, top_k=100, rank=60, factor_dtype=factor_dtype, residual="linear")
+        check(kind, make_layer([400], config, group=group))
+
     @pytest.mark.parametrize(("sink_tokens", "recent_tokens"), [(0, 1), (1, 17), (40, 64), (300, 5)])
-    def test_sink_and_recent(self, kind: str, sink_tokens: int, recent_tokens: int) -> None:
-        config = LRQKConfig(page_size=16, top_k=50, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+    @pytest.mark.parametrize("residual", RESIDUALS)
+    def test_sink_and_recent(self, kind: str, sink_tokens: int, recent_tokens: int, residual: str) -> None:
+        tokens = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
+        config = LRQKConfig(page_size=16, top_k=50, residual=residual, **tokens)
         check(kind, make_layer([300, 32, 5, 41], config))
 
     def test_no_residual(self, kind: str) -> None:
         check(kind, make_layer([300, 32], LRQKConfig(page_size=16, top_k=50, residual="none")))
 
-    def test_needle_page_keeps_its_residual(self, kind: str) -> None:
+    @pytest.mark.parametrize("residual", RESIDUALS)
+    def test_needle_page_keeps_its_residual(self, kind: str, residual: str) -> None:
         """A page whose selected token holds nearly all of its weight: what is left must not drown in rounding."""
-        config = LRQKConfig(page_size=16, top_k=1, recent_tokens=1, sink_tokens=0, rank=4)
+        config = LRQKConfig(page_size=16, top_k=1, recent_tokens=1, sink_tokens=0, rank=4, residual=residual)
         layer = make_layer([33], config, kv_heads=1, group=1)
         layer.factors.scale[:] = 1.0
         layer.factors.projection[:] = 0
@@ -94,9 +112,10 @@ class TestAgainstTorch:
         layer.query[0, 0, 0] = 8.0  # with a scale of 1/8: scores of 40 and 0
         check(kind, layer)
 
-    def test_padding_is_inert(self, kind: str) -> None:
+    @pytest.mark.parametrize("residual", RESIDUALS)
+    def test_padding_is_inert(self, kind: str, residual: str) -> None:
         """A request of length 0, whose block table and query mean nothing."""
-        layer = make_layer([300, 16, 500], LRQKConfig(page_size=16, top_k=50))
+        layer = make_layer([300, 16, 500], LRQKConfig(page_size=16, top_k=50, residual=residual))
         expected = select(*layer.select_arguments())
         layer.seq_lens[1], layer.query[1], layer.block_table[1] = 0, torch.nan, 1 << 30
         actual = run(kind, layer)
@@ -107,6 +126,8 @@ class TestAgainstTorch:
         expected.rows[1], layer.query[1] = -1, 0
         assert expected.residual is not None
         expected.residual[1] = -torch.inf
+        if expected.residual_factor is not None:
+            expected.residual_factor[1] = 0
         assert_selects_like(actual, expected, layer, ROUNDING[kind])
 
 
@@ -143,9 +164,10 @@ def test_rows_are_in_order_over_chunks() -> None:
     assert (chosen.diff(dim=-1) > 0).all()
 
 
-def test_memory_is_used_again() -> None:
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_memory_is_used_again(residual: str) -> None:
     """Calls of different sizes in one workspace, each of which must leave the state as it found it."""
-    config = LRQKConfig(page_size=32, top_k=100)
+    config = LRQKConfig(page_size=32, top_k=100, residual=residual)
     layers = [make_layer(lengths, config, seed=i) for i, lengths in enumerate([[700, 40], [300], [64, 1, 999], [700]])]
     workspace = workspace_for(layers[2], requests=4, pages=40)
     for layer in [*layers, *layers]:
@@ -163,6 +185,6 @@ def test_workspace_knows_what_fits() -> None:
     with pytest.raises(RuntimeError, match="state has room"):
         workspace.operators.cuda_select(
             layer.query.repeat(2, 1, 1), layer.factors.raw, layer.block_table.repeat(2, 1), layer.seq_lens.repeat(2),
-            1.0, 16, True, 0, 0, 32, 100, 64, 4, workspace._rows.view(1, 2, -1), None, workspace._state,
-            workspace._scratch, 1, 0,
+            1.0, 16, True, 0, 0, 32, 100, 64, 4, workspace._rows.view(1, 2, -1), None, None,
+            workspace._state, workspace._scratch, 1, 0,
         )  # fmt: skip

@@ -1,5 +1,7 @@
 """The table of CUDA kernels, with emulated and interpreted kernels: select, decode, append, seal and prefill."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from batches import make_batch
@@ -10,6 +12,7 @@ from selections import HALF, assert_selects_like
 
 interpreted_kernels("triton_attend")
 
+from vllm_lrqk.attend import attend, gather_rows  # noqa: E402
 from vllm_lrqk.config import LRQKConfig  # noqa: E402
 from vllm_lrqk.factors import seal_pages  # noqa: E402
 from vllm_lrqk.ops import Kernels, cuda, cuda_library, cuda_prefill  # noqa: E402
@@ -55,6 +58,21 @@ def test_decode_attention(kernels: Kernels, dtype: torch.dtype) -> None:
     attended = kernels.decode_attention(*arguments, output)
     assert attended.tolist() == [2, 66, 400]
     assert relative_error(output, expected) < (2e-6 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_decode_attention_with_residual(kernels: Kernels, residual: str) -> None:
+    """Against attention to the rows that the kernels chose."""
+    config = replace(CONFIG, residual=residual)
+    batch = make_batch([1, 33, 200], config)
+    arguments = (batch.query, batch.factors, batch.block_table, batch.seq_lens, batch.scale, config)
+    output = torch.full(batch.query.shape, torch.nan)
+    attended = kernels.decode_attention(batch.query, batch.host, *arguments[1:], output)
+    selection = kernels.select(*arguments)
+    assert attended.tolist() == (selection.rows >= 0).sum((1, 2)).tolist()
+    rows_kv = gather_rows(batch.host, batch.block_table, selection.rows)
+    expected = attend(batch.query, rows_kv, selection, batch.factors, batch.block_table, batch.scale)
+    assert relative_error(output, expected) < 2e-6
 
 
 def test_append_rows(kernels: Kernels) -> None:

@@ -1,5 +1,7 @@
 """The layer state of CUDA devices, with emulated and interpreted kernels, against the plain torch one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from emulated import emulated_operators
@@ -29,9 +31,10 @@ def test_covering_selection() -> None:
     serve(ServedLayers(emulated_operators(), COVERING, CPU), 1e-5)
 
 
-def test_sparse_selection() -> None:
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_sparse_selection(residual: str) -> None:
     """One of 12 rows may change places with one of nearly equal weight, which both leave to the residual."""
-    layers = ServedLayers(emulated_operators(), SPARSE, CPU, at_once=2)
+    layers = ServedLayers(emulated_operators(), replace(SPARSE, residual=residual), CPU, at_once=2)
     serve(layers, 0.1)
     hits, misses = layers.layer.hot.counters.tolist()
     assert hits > 0

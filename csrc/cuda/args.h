@@ -64,12 +64,14 @@ struct SelectArgs {
   PageLayout layout;
   const int* block_table;  // [B, P]
   int64_t block_table_stride;
-  const int* seq_lens;  // [B]
-  int* rows;            // [B, KV, R], R = top_k + sink_tokens + recent_tokens + N
-  float* residual;      // [B, H, P], or null
+  const int* seq_lens;     // [B]
+  int* rows;               // [B, KV, R], R = top_k + sink_tokens + recent_tokens + N
+  float* residual;         // [B, H, P], or null
+  float* residual_factor;  // [B, H, P, v], or null; needs residual
   SelectScratch scratch;
   int requests, heads, kv_heads, head_size, page_size, pages;
   int top_k, recent_tokens, sink_tokens;
+  int value_rank;  // v, leading columns of the key factor that values follow, a multiple of 4
   float scale;
   DType dtype;  // of the query
 };

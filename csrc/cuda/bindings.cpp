@@ -71,7 +71,8 @@ HostArgs host_pages(const Tensor& host) {
 void cuda_select(const Tensor query, const Tensor factors, const Tensor block_table, const Tensor seq_lens,
                  double scale, int64_t rank, bool is_int8, int64_t projection_offset, int64_t scale_offset,
                  int64_t page_size, int64_t top_k, int64_t recent_tokens, int64_t sink_tokens, Tensor rows,
-                 std::optional<Tensor> residual, Tensor state, Tensor scratch, int64_t max_requests, int64_t stream) {
+                 std::optional<Tensor> residual, std::optional<Tensor> residual_factor, Tensor state, Tensor scratch,
+                 int64_t max_requests, int64_t stream) {
   check(query, "query", 3, query.scalar_type());
   check(factors, "factors", 3, ScalarType::Byte);
   check(block_table, "block_table", 2, ScalarType::Int);
@@ -87,6 +88,10 @@ void cuda_select(const Tensor query, const Tensor factors, const Tensor block_ta
   a.seq_lens = contiguous<int>(seq_lens, "seq_lens", 1, ScalarType::Int);
   a.rows = contiguous<int>(rows, "rows", 3, ScalarType::Int);
   a.residual = residual ? contiguous<float>(*residual, "residual", 3, ScalarType::Float) : nullptr;
+  if (residual_factor) {
+    a.residual_factor = contiguous<float>(*residual_factor, "residual_factor", 4, ScalarType::Float);
+    a.value_rank = static_cast<int>(residual_factor->size(3));
+  }
   a.requests = static_cast<int>(query.size(0));
   a.heads = static_cast<int>(query.size(1));
   a.kv_heads = static_cast<int>(factors.size(1));
@@ -104,6 +109,10 @@ void cuda_select(const Tensor query, const Tensor factors, const Tensor block_ta
                   "rows must be [requests, kv heads, top_k + sink_tokens + recent_tokens + page_size]");
   STD_TORCH_CHECK(!residual || (residual->size(0) == a.requests && residual->size(1) == a.heads &&
                                 residual->size(2) == a.pages), "residual must be [requests, heads, pages]");
+  STD_TORCH_CHECK(!residual_factor ||
+                      (residual && residual_factor->size(0) == a.requests && residual_factor->size(1) == a.heads &&
+                       residual_factor->size(2) == a.pages && a.value_rank <= rank && a.value_rank % 4 == 0),
+                  "residual_factor must be [requests, heads, pages, columns of the key factor], beside a residual");
   STD_TORCH_CHECK(a.heads % a.kv_heads == 0, "heads must be a multiple of the kv heads");
   STD_TORCH_CHECK(a.head_size % 4 == 0 && a.head_size <= 256 && rank % 4 == 0 && rank <= kMaxRank,
                   "head sizes up to 256 and ranks up to ", kMaxRank, " are supported, multiples of 4");
@@ -251,8 +260,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LRQK_NAMESPACE, m) {
   m.def(
       "cuda_select(Tensor query, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, int rank, "
       "bool is_int8, int projection_offset, int scale_offset, int page_size, int top_k, int recent_tokens, "
-      "int sink_tokens, Tensor(a!) rows, Tensor(b!)? residual, Tensor(c!) state, Tensor(d!) scratch, "
-      "int max_requests, int stream) -> ()");
+      "int sink_tokens, Tensor(a!) rows, Tensor(b!)? residual, Tensor(c!)? residual_factor, "
+      "Tensor(d!) state, Tensor(e!) scratch, int max_requests, int stream) -> ()");
   m.def(
       "cuda_select_bytes(int max_requests, int heads, int kv_heads, int pages, int page_size) -> (int, int)");
   m.def(

@@ -40,6 +40,20 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
+// The sum over all lanes of v[lane]: halves of v change hands until one element is left.
+template <int kWidth = 16>
+__device__ inline float sum_to_lane(float (&v)[32]) {
+  const bool upper = lane_index() & kWidth;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const float kept = upper ? v[i + kWidth] : v[i];
+    const float sent = upper ? v[i] : v[i + kWidth];
+    v[i] = kept + __shfl_xor_sync(kAllLanes, sent, kWidth);
+  }
+  if constexpr (kWidth > 1) return sum_to_lane<kWidth / 2>(v);
+  return v[0];
+}
+
 // Sum over the lanes before this one; `total` over all.
 __device__ inline int warp_scan(int value, int& total) {
   int sum = value;

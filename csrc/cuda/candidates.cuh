@@ -33,4 +33,27 @@ __device__ inline unsigned long long composite_of(unsigned key, int position) {
   return (static_cast<unsigned long long>(key) << kPositionBits) | ((1u << kPositionBits) - 1 - position);
 }
 
+// A page of one request, and the keys of one of its KV heads.
+struct Page {
+  int first_token, size, tiles;
+  const unsigned* keys;  // of all tokens
+};
+
+// Four bits per tile: which of the lane's four tokens are selected.
+__device__ inline unsigned selected_tokens(const Page& page, const Candidates& c, unsigned long long threshold) {
+  unsigned flags = 0;
+  for (int t = 0; t < page.tiles; ++t) {
+    if (lane_index() * 4 >= page.size) continue;
+    const int position = page.first_token + t * page.size + lane_index() * 4;
+    const uint4 words = *reinterpret_cast<const uint4*>(page.keys + position);
+    const unsigned key[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool is_selected = c.has(position + i) && composite_of(key[i], position + i) >= threshold;
+      flags |= static_cast<unsigned>(is_selected) << (t * 4 + i);
+    }
+  }
+  return flags;
+}
+
 }  // namespace lrqk::cuda

@@ -9,28 +9,6 @@ namespace {
 
 constexpr float kLn2 = 0.693147180559945309417f;
 
-struct Page {
-  int first_token, size, tiles;
-  const unsigned* keys;  // of the item
-};
-
-// Four bits per tile: which of the lane's four tokens are selected.
-__device__ inline unsigned selected_tokens(const Page& page, const Candidates& c, unsigned long long threshold) {
-  unsigned flags = 0;
-  for (int t = 0; t < page.tiles; ++t) {
-    if (lane_index() * 4 >= page.size) continue;
-    const int position = page.first_token + t * page.size + lane_index() * 4;
-    const uint4 words = *reinterpret_cast<const uint4*>(page.keys + position);
-    const unsigned key[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool is_selected = c.has(position + i) && composite_of(key[i], position + i) >= threshold;
-      flags |= static_cast<unsigned>(is_selected) << (t * 4 + i);
-    }
-  }
-  return flags;
-}
-
 // Natural logarithm of the sum of exp(score) over one head's unselected candidates of a page; all lanes get it.
 __device__ inline float left_of_page(const SelectArgs& a, const Page& page, const Candidates& c, int64_t head,
                                      unsigned flags) {

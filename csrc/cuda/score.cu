@@ -3,12 +3,12 @@
 // A warp works on one page at a time. The lanes split the head size for q X (its rank * heads sums are exchanged in a
 // butterfly), and the tokens for the scores. The block that arrives last sums over all tiles of its heads.
 #include "candidates.cuh"
+#include "factors.cuh"
 #include "select.h"
 
 namespace lrqk::cuda {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLowestDelta = -60000.0f;  // a finite float16
 
 // Four elements of the projection.
@@ -25,27 +25,6 @@ __device__ inline void load_quad(const uint8_t* from, float* to) {
     to[2] = __uint_as_float(words.y << 16);
     to[3] = __uint_as_float(words.y & 0xffff0000u);
   }
-}
-
-// Element `e` of a 4-byte word of the key factor.
-template <bool kIsInt8>
-__device__ inline float word_element(unsigned word, int e) {
-  if constexpr (kIsInt8) return static_cast<float>(static_cast<signed char>(word >> (8 * e)));
-  return __uint_as_float(e == 0 ? word << 16 : word & 0xffff0000u);
-}
-
-// The sum over all lanes of v[lane]: halves of v change hands until one element is left.
-template <int kWidth = 16>
-__device__ inline float sum_to_lane(float (&v)[32]) {
-  const bool upper = lane_index() & kWidth;
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    const float kept = upper ? v[i + kWidth] : v[i];
-    const float sent = upper ? v[i] : v[i + kWidth];
-    v[i] = kept + __shfl_xor_sync(kAllLanes, sent, kWidth);
-  }
-  if constexpr (kWidth > 1) return sum_to_lane<kWidth / 2>(v);
-  return v[0];
 }
 
 // weights[row * kHeads + g] = (q_g . X_row) * scale_row, times `factor`.
@@ -159,11 +138,8 @@ template <bool kIsInt8, int kHeads, int kQuads>
 __global__ void __launch_bounds__(kThreads) score_kernel(const SelectArgs a) {
   __shared__ float all_weights[kWarps][kMaxRank * kHeads];
   float* weights = all_weights[warp_index()];
-  const int request = blockIdx.z, group = a.heads / a.kv_heads;
-  const int head_blocks = ceil_div(group, kHeads);
-  const int kv_head = blockIdx.y / head_blocks, g0 = blockIdx.y % head_blocks * kHeads;
-  const int heads = smaller(kHeads, group - g0);
-  const int64_t head = static_cast<int64_t>(request) * a.heads + kv_head * group + g0;
+  const int request = blockIdx.z;
+  const HeadBlock block = head_block<kHeads>(a);
   const Candidates c = candidates_of(a, request);
   if (c.count() == 0) return;
 
@@ -173,8 +149,8 @@ __global__ void __launch_bounds__(kThreads) score_kernel(const SelectArgs a) {
 #pragma unroll
     for (int i = 0; i < kQuads * 4; ++i) {
       const int column = (i / 4 * 32 + lane_index()) * 4 + i % 4;
-      const int64_t at = request * a.query_request_stride + (kv_head * group + g0 + g) * a.query_head_stride + column;
-      query[g][i] = g < heads && column < a.head_size ? to_float(a.query, a.dtype, at) : 0.0f;
+      const int64_t at = request * a.query_request_stride + (block.first + g) * a.query_head_stride + column;
+      query[g][i] = g < block.heads && column < a.head_size ? to_float(a.query, a.dtype, at) : 0.0f;
     }
   }
   const int size = tile_tokens(a), tiles = a.page_size / size;
@@ -182,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) score_kernel(const SelectArgs a) {
   const int* table = a.block_table + request * a.block_table_stride;
   const int first_page = c.first / a.page_size + blockIdx.x * kWarps + warp_index();
   for (int p = first_page; p < end_page; p += gridDim.x * kWarps) {
-    const uint8_t* page = a.factors + table[p] * a.layout.page_stride + kv_head * a.layout.head_stride;
+    const uint8_t* page = a.factors + table[p] * a.layout.page_stride + block.kv_head * a.layout.head_stride;
     __syncwarp();
     project<kIsInt8, kHeads, kQuads>(a, page, query, a.scale * kLog2e, weights);
     __syncwarp();
@@ -197,46 +173,26 @@ __global__ void __launch_bounds__(kThreads) score_kernel(const SelectArgs a) {
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) scores[i][g] = -INFINITY;
       }
-      store_tile<kHeads>(a, head, heads, p * tiles + t, position, is_active, scores);
+      store_tile<kHeads>(a, block.head, block.heads, p * tiles + t, position, is_active, scores);
     }
   }
-  if (!is_last_block(a.scratch.scored + head, gridDim.x)) return;
-  for (int g = 0; g < heads; ++g) sum_head(a, c, head + g);
-}
-
-template <bool kIsInt8, int kHeads>
-void score_heads(const SelectArgs& a, cudaStream_t stream) {
-  const int head_blocks = ceil_div(a.heads / a.kv_heads, kHeads);
-  const dim3 grid(ceil_div(a.pages, 2 * kWarps), a.kv_heads * head_blocks, a.requests);
-  if (a.head_size <= 128) {
-    launch(score_kernel<kIsInt8, kHeads, 1>, grid, kThreads, stream, a);
-  } else {
-    launch(score_kernel<kIsInt8, kHeads, 2>, grid, kThreads, stream, a);
-  }
-}
-
-template <bool kIsInt8>
-void score_pages(const SelectArgs& a, cudaStream_t stream) {
-  const int group = a.heads / a.kv_heads;
-  if (group == 1) {
-    score_heads<kIsInt8, 1>(a, stream);
-  } else if (group == 2) {
-    score_heads<kIsInt8, 2>(a, stream);
-  } else if (group <= 4) {
-    score_heads<kIsInt8, 4>(a, stream);
-  } else {
-    score_heads<kIsInt8, 8>(a, stream);
-  }
+  if (!is_last_block(a.scratch.scored + block.head, gridDim.x)) return;
+  for (int g = 0; g < block.heads; ++g) sum_head(a, c, block.head + g);
 }
 
 }  // namespace
 
 void score(const SelectArgs& a, cudaStream_t stream) {
-  if (a.layout.is_int8) {
-    score_pages<true>(a, stream);
-  } else {
-    score_pages<false>(a, stream);
-  }
+  with_factors(a, [&](auto is_int8, auto heads) {
+    constexpr bool kIsInt8 = decltype(is_int8)::value;
+    constexpr int kHeads = decltype(heads)::value;
+    const dim3 grid(ceil_div(a.pages, 2 * kWarps), a.kv_heads * head_blocks<kHeads>(a), a.requests);
+    if (a.head_size <= 128) {
+      launch(score_kernel<kIsInt8, kHeads, 1>, grid, kThreads, stream, a);
+    } else {
+      launch(score_kernel<kIsInt8, kHeads, 2>, grid, kThreads, stream, a);
+    }
+  });
 }
 
 }  // namespace lrqk::cuda

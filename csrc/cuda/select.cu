@@ -1,4 +1,4 @@
-// Select: four kernels, one after the other, and the scratch memory that they share.
+// Select: its kernels, one after the other, and the scratch memory that they share.
 #include "select.h"
 
 #include "block.cuh"
@@ -52,6 +52,7 @@ cudaError_t select(const SelectArgs& a, cudaStream_t stream) {
   weigh(a, stream);
   collect(a, stream);
   emit(a, stream);
+  if (a.residual_factor) moment(a, stream);
   return cudaGetLastError();
 }
 

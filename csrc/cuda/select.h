@@ -15,5 +15,6 @@ void score(const SelectArgs&, cudaStream_t);
 void weigh(const SelectArgs&, cudaStream_t);
 void collect(const SelectArgs&, cudaStream_t);
 void emit(const SelectArgs&, cudaStream_t);
+void moment(const SelectArgs&, cudaStream_t);
 
 }  // namespace lrqk::cuda

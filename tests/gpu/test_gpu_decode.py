@@ -1,6 +1,7 @@
 """Decode steps on the device: right, without a wait for the device, and as a replayed graph with padding."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,8 +31,13 @@ def check(decoding: HotDecoding) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
-def test_steps(operators: Any, device: torch.device, pin: Pin, dtype: torch.dtype) -> None:
-    decoding = make(operators, device, pin, dtype=dtype)
+@pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_steps(
+    operators: Any, device: torch.device, pin: Pin, dtype: torch.dtype, factor_dtype: str, residual: str
+) -> None:
+    config = replace(CONFIG, factor_dtype=factor_dtype, residual=residual)
+    decoding = make(operators, device, pin, config, dtype=dtype)
     for _ in range(35):
         decoding.prepare()
         decoding.launch()
@@ -40,10 +46,10 @@ def test_steps(operators: Any, device: torch.device, pin: Pin, dtype: torch.dtyp
     assert torch.equal(decoding.host[filled], decoding.host_cpu[filled])
 
 
-@pytest.mark.parametrize("residual", ["mean", "none"])
+@pytest.mark.parametrize("residual", ["linear", "mean", "none"])
 @pytest.mark.parametrize(("group", "d"), [(1, 64), (4, 128), (7, 96), (8, 128)])
 def test_shapes(operators: Any, device: torch.device, pin: Pin, residual: str, group: int, d: int) -> None:
-    config = LRQKConfig(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3, residual=residual)
+    config = replace(CONFIG, residual=residual)
     decoding = make(operators, device, pin, config, group=group, d=d, dtype=torch.bfloat16)
     for _ in range(3):
         decoding.prepare()
@@ -51,8 +57,11 @@ def test_shapes(operators: Any, device: torch.device, pin: Pin, residual: str, g
         check(decoding)
 
 
-def test_a_step_never_waits(operators: Any, device: torch.device, pin: Pin, request: pytest.FixtureRequest) -> None:
-    decoding = make(operators, device, pin)
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_a_step_never_waits(
+    operators: Any, device: torch.device, pin: Pin, residual: str, request: pytest.FixtureRequest
+) -> None:
+    decoding = make(operators, device, pin, replace(CONFIG, residual=residual))
     decoding.prepare()
     decoding.launch()
     decoding.prepare()
@@ -67,9 +76,10 @@ def test_the_check_for_waits_finds_one(device: torch.device, no_synchronization:
         torch.ones(1, device=device).item()
 
 
-def test_replayed_graph(operators: Any, device: torch.device, pin: Pin) -> None:
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_replayed_graph(operators: Any, device: torch.device, pin: Pin, residual: str) -> None:
     """Twenty replays over page boundaries; then a request leaves and its place becomes padding."""
-    decoding = make(operators, device, pin)
+    decoding = make(operators, device, pin, replace(CONFIG, residual=residual))
     decoding.prepare()
     decoding.launch()  # compiles what Triton needs
     check(decoding)

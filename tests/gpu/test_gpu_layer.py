@@ -1,6 +1,7 @@
 """The layer state as vLLM drives it: prompts, decode steps in graphs, pages that change hands, padding."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from served_layers import ServedLayers, serve
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.device_counters import DeviceCounters
 from vllm_lrqk.device_step import DeviceStep, filled_pages
-from vllm_lrqk.ops import triton_attend
+from vllm_lrqk.ops import triton_attend, triton_parts
 
 SPARSE = LRQKConfig(rank=4, page_size=16, top_k=12, recent_tokens=3, sink_tokens=2)
 COVERING = LRQKConfig(rank=4, page_size=16, top_k=80, recent_tokens=3, sink_tokens=2)
@@ -54,9 +55,12 @@ def test_covering_selection(
 
 
 @pytest.mark.parametrize("kind", [ServedLayers, CapturedLayers], ids=["eager", "graph"])
-def test_sparse_selection(operators: Any, device: torch.device, pin: Pin, kind: type[ServedLayers]) -> None:
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_sparse_selection(
+    operators: Any, device: torch.device, pin: Pin, kind: type[ServedLayers], residual: str
+) -> None:
     """One of 12 rows may change places with one of nearly equal weight; two requests are served at a time."""
-    layers = kind(operators, SPARSE, device, pin, at_once=2)
+    layers = kind(operators, replace(SPARSE, residual=residual), device, pin, at_once=2)
     serve(layers, 0.1)
     assert (layers.layer.hot.counters > 0).all()
 
@@ -93,10 +97,13 @@ def test_prefill_never_waits(operators: Any, device: torch.device, pin: Pin, req
     assert layers.error() < ROUNDING[torch.float32]
 
 
-def test_warm_up_compiles_for_every_number_of_requests(operators: Any, device: torch.device, pin: Pin) -> None:
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_warm_up_compiles_for_every_number_of_requests(
+    operators: Any, device: torch.device, pin: Pin, residual: str
+) -> None:
     """A capture must find its programs compiled."""
-    layers = ServedLayers(operators, SPARSE, device, pin)
-    kernels = (triton_attend._attend_kernel, triton_attend._combine_kernel)
+    layers = ServedLayers(operators, replace(SPARSE, residual=residual), device, pin)
+    kernels = (triton_attend._attend_kernel, triton_parts._combine_kernel)
 
     def compiled() -> list[int]:
         return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]

@@ -37,9 +37,10 @@ def run(request: pytest.FixtureRequest, operators: Any, device: torch.device) ->
             for _ in range(2):  # the second call finds the state as the first has left it
                 workspace._rows.fill_(-77)
                 workspace._residual.fill_(torch.nan)
+                workspace._residual_factor.fill_(torch.nan)
                 selection = workspace.select(*there.select_arguments()[:-1])
-        residual = None if selection.residual is None else selection.residual.cpu()
-        return Selection(selection.rows.cpu(), residual), ROUNDING[request.param]
+        left = (None if x is None else x.cpu() for x in (selection.residual, selection.residual_factor))
+        return Selection(selection.rows.cpu(), *left), ROUNDING[request.param]
 
     return run_kind
 
@@ -51,33 +52,37 @@ def check(run: Any, layer: Layer) -> None:
 
 @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ragged_batch(run: Any, dtype: torch.dtype, factor_dtype: str) -> None:
-    config = LRQKConfig(page_size=64, top_k=128, factor_dtype=factor_dtype)
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_ragged_batch(run: Any, dtype: torch.dtype, factor_dtype: str, residual: str) -> None:
+    config = LRQKConfig(page_size=64, top_k=128, factor_dtype=factor_dtype, residual=residual)
     check(run, make_layer([1, 700, 63, 64, 2000, 260, 129], config, dtype))
 
 
 @pytest.mark.parametrize(("head_size", "group"), [(64, 1), (96, 2), (128, 4), (256, 7), (128, 8), (64, 12)])
-@pytest.mark.parametrize("rank", [4, 12, 16, 32])
-def test_heads_and_rank(run: Any, head_size: int, group: int, rank: int) -> None:
-    config = LRQKConfig(page_size=32, top_k=100, rank=rank)
+@pytest.mark.parametrize("rank", [4, 12, 16, 32, 64])
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_heads_and_rank(run: Any, head_size: int, group: int, rank: int, residual: str) -> None:
+    config = LRQKConfig(page_size=32, top_k=100, rank=rank, residual=residual)
     check(run, make_layer([600], config, head_size=head_size, group=group))
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128, 256, 1024])
 @pytest.mark.parametrize("top_k", [1, 200, 9000])
-def test_page_size_and_top_k(run: Any, page_size: int, top_k: int) -> None:
-    check(run, make_layer([9000, 333], LRQKConfig(page_size=page_size, top_k=top_k)))
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_page_size_and_top_k(run: Any, page_size: int, top_k: int, residual: str) -> None:
+    check(run, make_layer([9000, 333], LRQKConfig(page_size=page_size, top_k=top_k, residual=residual)))
 
 
 @pytest.mark.parametrize(("sink_tokens", "recent_tokens"), [(0, 1), (1, 17), (40, 64), (300, 5)])
-@pytest.mark.parametrize("residual", ["mean", "none"])
+@pytest.mark.parametrize("residual", ["linear", "mean", "none"])
 def test_sink_and_recent(run: Any, sink_tokens: int, recent_tokens: int, residual: str) -> None:
     tokens = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
     check(run, make_layer([300, 32, 5, 41], LRQKConfig(page_size=16, top_k=50, residual=residual, **tokens)))
 
 
-def test_long_context(run: Any) -> None:
-    check(run, make_layer([100_000, 7], LRQKConfig(page_size=256, top_k=2048)))
+@pytest.mark.parametrize("residual", ["linear", "mean"])
+def test_long_context(run: Any, residual: str) -> None:
+    check(run, make_layer([100_000, 7], LRQKConfig(page_size=256, top_k=2048, residual=residual)))
 
 
 def test_equal_weights(operators: Any, device: torch.device) -> None:

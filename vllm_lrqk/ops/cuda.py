@@ -10,7 +10,7 @@ import torch
 
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.factors import seal_rows
-from vllm_lrqk.ops import Kernels, cuda_library, cuda_prefill, triton_attend, triton_select
+from vllm_lrqk.ops import Kernels, cuda_library, cuda_prefill, triton_attend, triton_parts, triton_select
 from vllm_lrqk.ops.cuda_select import SelectWorkspace, is_supported
 from vllm_lrqk.page import FactorPages
 from vllm_lrqk.select import Selection
@@ -126,7 +126,8 @@ def _decode_attention(
     splits = triton_attend.num_splits(
         requests * kv_heads, address.shape[-1], cuda_library.multiprocessors(query.device)
     )
-    parts = triton_attend.allocate_parts(requests, kv_heads, splits, heads // kv_heads, head_size, query.device)
-    triton_attend.attend_rows(query, host, address, scale, parts, 0, splits, selection.residual, factors, block_table)
-    triton_attend.combine(parts, output)
+    parts = triton_parts.allocate_parts(requests, kv_heads, splits, heads // kv_heads, head_size, query.device)
+    left = (selection.residual, factors, block_table, selection.residual_factor)
+    triton_attend.attend_rows(query, host, address, scale, parts, 0, splits, *left)
+    triton_parts.combine(parts, output)
     return (selection.rows >= 0).sum((1, 2))

@@ -14,7 +14,7 @@ import torch
 
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.hot_cache import HotFormat
-from vllm_lrqk.ops import triton_attend
+from vllm_lrqk.ops import triton_attend, triton_parts
 from vllm_lrqk.ops.cuda_hot import DeviceHotCache, Resolved
 from vllm_lrqk.ops.cuda_library import multiprocessors
 from vllm_lrqk.ops.cuda_select import SelectWorkspace
@@ -50,7 +50,7 @@ class DecodePath:
         self.multiprocessors = multiprocessors(device)
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         most = max(requests * self._splits(requests) for requests in range(1, max_requests + 1))
-        self._parts = triton_attend.allocate_parts(most, kv_heads, 2, heads // kv_heads, hot_format.head_size, device)
+        self._parts = triton_parts.allocate_parts(most, kv_heads, 2, heads // kv_heads, hot_format.head_size, device)
 
     def _splits(self, requests: int) -> int:
         return triton_attend.num_splits(requests * self.kv_heads, self.config.attended_rows, self.multiprocessors)
@@ -111,13 +111,12 @@ class DecodePath:
         self._fetch(hot, host, key, value, resolved)
         splits = self._splits(len(query))
         parts = self._parts.cut(len(query) * self.kv_heads, 2 * splits)
-        triton_attend.attend_rows(
-            query, hot.rows, resolved.address, scale, parts, 0, splits, selection.residual, factors, block_table
-        )
+        left = (selection.residual, factors, block_table, selection.residual_factor)
+        triton_attend.attend_rows(query, hot.rows, resolved.address, scale, parts, 0, splits, *left)
         if self.copy_stream is not None:
             torch.cuda.current_stream(query.device).wait_stream(self.copy_stream)
         triton_attend.attend_rows(query, hot.rows, resolved.miss_address, scale, parts, splits, splits)
-        triton_attend.combine(parts, output)
+        triton_parts.combine(parts, output)
         return selection
 
     def _fetch(
@@ -134,7 +133,7 @@ class DecodePath:
         """Run steps of padding alone, one for each program that Triton compiles for some number of requests."""
         compiled: set[int] = set()
         for requests in range(1, self.workspace.max_requests + 1):
-            program = triton_attend.parts_block(2 * self._splits(requests))
+            program = triton_parts.parts_block(2 * self._splits(requests))
             if program in compiled:
                 continue
             compiled.add(program)

@@ -1,5 +1,6 @@
 """Selection by the CUDA kernels, in memory that is allocated once."""
 
+import math
 from typing import Any
 
 import torch
@@ -19,8 +20,6 @@ def check_config(config: LRQKConfig) -> None:
     """Raise ConfigError where the CUDA kernels do not serve a setting."""
     if config.top_p < 1:
         raise ConfigError(f"lrqk.top_p is {config.top_p:g}, but the CUDA kernels have no adaptive budget: set it to 1.")
-    if config.residual == "linear":
-        raise ConfigError('lrqk.residual is "linear", which the CUDA kernels do not have yet: set it to "mean".')
 
 
 def is_supported(query: torch.Tensor, factors: FactorPages, block_table: torch.Tensor) -> bool:
@@ -64,10 +63,13 @@ class SelectWorkspace:
         self._scratch = torch.empty(scratch, dtype=torch.uint8, device=device)
         self._rows = torch.empty(max_requests * kv_heads * config.attended_rows, dtype=torch.int32, device=device)
         self._residual = torch.empty(max_requests * heads * max_pages, device=device)
+        columns = config.rank if config.residual == "linear" else 0
+        self._residual_factor = torch.empty(max_requests * heads * max_pages * columns, device=device)
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self._state, self._scratch, self._rows, self._residual))
+        buffers = (self._state, self._scratch, self._rows, self._residual, self._residual_factor)
+        return sum(x.nbytes for x in buffers)
 
     def fits(self, query: torch.Tensor, block_table: torch.Tensor, kv_heads: int, config: LRQKConfig) -> bool:
         """Whether a call with these arguments has room."""
@@ -82,7 +84,7 @@ class SelectWorkspace:
         seq_lens: torch.Tensor,
         scale: float,
     ) -> Selection:
-        """As `vllm_lrqk.select.select`; rows int32 [B, KV, attended_rows], residual [B, H, P] of the block table's P.
+        """As `vllm_lrqk.select.select`, for all pages of the block table; rows are int32 [B, KV, attended_rows].
 
         Args:
             block_table: int32 [B, P].
@@ -91,10 +93,14 @@ class SelectWorkspace:
         f, config, (requests, heads, _) = factors.format, self.config, query.shape
         rows_shape = (requests, self.kv_heads, config.attended_rows)
         rows = self._rows[: requests * self.kv_heads * config.attended_rows].view(rows_shape)
-        residual = None
-        if config.residual == "mean":
-            pages = block_table.shape[1]
-            residual = self._residual[: requests * heads * pages].view(requests, heads, pages)
+        residual = residual_factor = None
+        residual_shape = (requests, heads, block_table.shape[1])
+        places = math.prod(residual_shape)
+        if config.residual != "none":
+            residual = self._residual[:places].view(residual_shape)
+        if config.residual == "linear":
+            columns = factors.value_scale.shape[-1]
+            residual_factor = self._residual_factor[: places * columns].view(*residual_shape, columns)
         self.operators.cuda_select(
             query,
             factors.raw,
@@ -111,9 +117,10 @@ class SelectWorkspace:
             config.sink_tokens,
             rows,
             residual,
+            residual_factor,
             self._state,
             self._scratch,
             self.max_requests,
             stream_handle(query.device),
         )
-        return Selection(rows, residual)
+        return Selection(rows, residual, residual_factor)

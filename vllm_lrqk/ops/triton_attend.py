@@ -1,18 +1,20 @@
 """Flash-decode over rows at given addresses, with the residual of the other pages folded in: a Triton kernel.
 
-The rows of one KV head are split over programs, each of which leaves its part: output, maximum and sum. `combine`
-merges the parts. A part may come from any rows, so that rows that are still on their way can follow later.
+The rows of one KV head are split over programs, each of which leaves its part: output, maximum and sum, which
+`triton_parts.combine` merges. A part may come from any rows: those that are still on their way can follow later.
 
-Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, R places for rows, P pages.
+Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, R places for rows, P pages, v columns of key
+factors that values follow.
 """
 
 import os
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from vllm_lrqk.ops.triton_parts import Parts
+from vllm_lrqk.ops.triton_values import linear_values
 from vllm_lrqk.page import FactorPages
 
 LOG2E = 1.4426950408889634
@@ -26,7 +28,11 @@ def _attend_kernel(
     base,  # rows at `address`
     address,  # int64 [B, KV, R], bytes from base, multiples of 16; negative: no row
     residual,  # float32 [B, H, P]
+    residual_factor,  # float32 [B, H, P, v]
     value_mean,  # bfloat16 [num_pages, KV, d]
+    value_projection,  # int8 or bfloat16 [num_pages, KV, v, d]
+    value_scale,  # float32 [num_pages, KV, v]
+    key_factor_mean,  # float32 [num_pages, KV, v]
     block_table,  # int32 [B, P]
     part_output,  # float32 [B * KV, parts, G, d]
     part_max,  # float32 [B * KV, parts, G], in powers of two
@@ -36,12 +42,17 @@ def _attend_kernel(
     query_head_stride,
     mean_page_stride,
     mean_head_stride,
+    projection_page_stride,
+    projection_head_stride,
+    column_page_stride,
+    column_head_stride,
     table_stride,
     places,
     pages,
     parts,
     first_part,
     HAS_RESIDUAL: tl.constexpr,
+    VALUE_RANK: tl.constexpr,  # 0: the pages' mean values alone
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -50,6 +61,7 @@ def _attend_kernel(
     ROW_ITEM_BYTES: tl.constexpr,
     TILE: tl.constexpr,
     DOT: tl.constexpr,
+    FACTOR_DOT: tl.constexpr,
 ):
     item = tl.program_id(0).to(tl.int64)
     request, kv_head = item // KV_HEADS, item % KV_HEADS
@@ -103,6 +115,28 @@ def _attend_kernel(
                 kept, weight = tl.exp2(highest - shift), tl.exp2(left - shift[:, None])
                 total = total * kept + tl.sum(weight, 1)
                 output = output * kept[:, None] + tl.dot(weight.to(DOT), mean, input_precision="ieee")
+                if VALUE_RANK > 0:
+                    first_head = (request * KV_HEADS + kv_head) * GROUP
+                    output += linear_values(
+                        residual + first_head * pages,
+                        residual_factor + first_head * pages * VALUE_RANK,
+                        value_projection + kv_head * projection_head_stride,
+                        value_scale + kv_head * column_head_stride,
+                        key_factor_mean + kv_head * column_head_stride,
+                        block_table + request * table_stride,
+                        start,
+                        shift,
+                        projection_page_stride,
+                        column_page_stride,
+                        pages,
+                        GROUP,
+                        GROUP_BLOCK,
+                        HEAD_SIZE,
+                        HEAD_BLOCK,
+                        VALUE_RANK,
+                        TILE,
+                        FACTOR_DOT,
+                    )
                 highest = new
 
     part = (item * parts + first_part + split) * GROUP + g
@@ -112,74 +146,9 @@ def _attend_kernel(
     tl.store(part_output + part_at, output, mask=is_head[:, None] & is_column[None, :])
 
 
-@triton.jit(do_not_specialize=["parts"])
-def _combine_kernel(
-    part_output,
-    part_max,
-    part_sum,
-    output,  # [B, H, d]
-    output_request_stride,
-    output_head_stride,
-    parts,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr,
-):
-    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    item = request * (HEADS // GROUP) + head // GROUP
-    part, column = tl.arange(0, PARTS_BLOCK), tl.arange(0, HEAD_BLOCK)
-    at = (item * parts + part) * GROUP + head % GROUP
-    is_part, is_column = part < parts, column < HEAD_SIZE
-    highest = tl.load(part_max + at, mask=is_part, other=float("-inf"))
-    sums = tl.load(part_sum + at, mask=is_part, other=0.0)
-    top = tl.max(highest, 0)
-    weight = tl.exp2(highest - tl.where(top == float("-inf"), 0.0, top))
-    mask = is_part[:, None] & is_column[None, :]
-    outputs = tl.load(part_output + at[:, None] * HEAD_SIZE + column[None, :], mask=mask, other=0.0)
-    total = tl.sum(weight * sums, 0)
-    result = tl.sum(weight[:, None] * outputs, 0) / tl.where(total == 0.0, 1.0, total)
-    to = output + request * output_request_stride + head * output_head_stride + column
-    tl.store(to, result.to(output.dtype.element_ty), mask=is_column)
-
-
-@dataclass
-class Parts:
-    """Attention over disjoint sets of rows, to be combined; all float32."""
-
-    output: torch.Tensor
-    """[B * KV, parts, G, d]"""
-    highest: torch.Tensor
-    """[B * KV, parts, G]"""
-    sums: torch.Tensor
-    """[B * KV, parts, G]"""
-
-    def cut(self, items: int, parts: int) -> "Parts":
-        """The same memory for other numbers of items and parts; at most as many together."""
-        group, head_size = self.output.shape[2:]
-        count = items * parts * group
-        return Parts(
-            self.output.view(-1)[: count * head_size].view(items, parts, group, head_size),
-            self.highest.view(-1)[:count].view(items, parts, group),
-            self.sums.view(-1)[:count].view(items, parts, group),
-        )
-
-
 def num_splits(items: int, places: int, multiprocessors: int) -> int:
     """Programs per (request, KV head): enough to fill the device twice, none of them without a tile."""
     return max(1, min(-(-2 * multiprocessors // max(items, 1)), -(-places // ROWS_PER_TILE)))
-
-
-def parts_block(parts: int) -> int:
-    """The size that `combine` is compiled for; all else depends on the layer's shapes alone."""
-    return triton.next_power_of_2(parts)
-
-
-def allocate_parts(requests: int, kv_heads: int, parts: int, group: int, head_size: int, device: torch.device) -> Parts:
-    """Memory for the parts of one step."""
-    shape = (requests * kv_heads, parts, group)
-    return Parts(*(torch.empty(*tail, device=device) for tail in ((*shape, head_size), shape, shape)))
 
 
 def attend_rows(
@@ -193,6 +162,7 @@ def attend_rows(
     residual: torch.Tensor | None = None,
     factors: FactorPages | None = None,
     block_table: torch.Tensor | None = None,
+    residual_factor: torch.Tensor | None = None,
 ) -> None:
     """Attend to rows and, if given, to the residual of pages; fills `splits` parts from `first_part` on.
 
@@ -201,6 +171,7 @@ def attend_rows(
         base: memory of the rows, whose first element has address 0; the row's elements are of its dtype.
         address: int64 [B, KV, R], bytes, multiples of 16; a row is its key followed by its value; negative: no row.
         residual: float32 [B, H, P], see `Selection`; needs factors and block_table int32 [B, P].
+        residual_factor: float32 [B, H, P, v], see `Selection`; needs residual, and factors with linear values.
     """
     requests, heads, head_size = query.shape
     kv_heads, places = address.shape[1:]
@@ -210,12 +181,23 @@ def attend_rows(
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(base.dtype, tl.float32)
     if IS_INTERPRETED:
         dot = tl.float32
+    # Projections may lie beyond what float16 can hold.
+    factor_dot = tl.bfloat16 if dot == tl.float16 else dot
+    mean = factors.value_mean if factors is not None and has_residual else query
+    projection = scale_of_column = mean_of_column = query
+    if factors is not None and has_residual and residual_factor is not None:
+        projection = factors.value_projection
+        scale_of_column, mean_of_column = factors.value_scale, factors.key_factor_mean
     _attend_kernel[(requests * kv_heads, splits)](
         query,
         base,
         address,
         residual if has_residual else query,
-        factors.value_mean if factors is not None and has_residual else query,
+        residual_factor if residual_factor is not None else query,
+        mean,
+        projection,
+        scale_of_column,
+        mean_of_column,
         block_table if has_residual else query,
         parts.output,
         parts.highest,
@@ -223,13 +205,16 @@ def attend_rows(
         scale * LOG2E,
         query.stride(0),
         query.stride(1),
-        *(factors.value_mean.stride()[:2] if factors is not None else (0, 0)),
+        *mean.stride()[:2],
+        *projection.stride()[:2],
+        *scale_of_column.stride()[:2],
         block_table.stride(0) if block_table is not None else 0,
         places,
         residual.shape[2] if residual is not None else 0,
         parts.output.shape[1],
         first_part,
         HAS_RESIDUAL=has_residual,
+        VALUE_RANK=residual_factor.shape[3] if residual_factor is not None else 0,
         KV_HEADS=kv_heads,
         GROUP=group,
         GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
@@ -238,26 +223,8 @@ def attend_rows(
         ROW_ITEM_BYTES=base.element_size(),
         TILE=ROWS_PER_TILE,
         DOT=dot,
+        FACTOR_DOT=factor_dot,
         num_warps=4,
-    )
-
-
-def combine(parts: Parts, output: torch.Tensor) -> None:
-    """Merge the parts into output [B, H, d]; a request without any row gets zeros."""
-    requests, heads, head_size = output.shape
-    _combine_kernel[(requests, heads)](
-        parts.output,
-        parts.highest,
-        parts.sums,
-        output,
-        output.stride(0),
-        output.stride(1),
-        parts.output.shape[1],
-        HEADS=heads,
-        GROUP=parts.output.shape[2],
-        HEAD_SIZE=head_size,
-        HEAD_BLOCK=max(16, triton.next_power_of_2(head_size)),
-        PARTS_BLOCK=parts_block(parts.output.shape[1]),
     )
 
 

@@ -144,10 +144,33 @@ def select(
     tokens, is_selected = heaviest(weight, query.shape[1] // kv_heads, config)
     rows = torch.where(is_selected, tokens, -1)
     rows = torch.nn.functional.pad(rows, (0, config.top_k - rows.shape[-1]), value=-1)
-    residual = None
-    if config.residual == "mean":
+    residual = residual_factor = None
+    if config.residual != "none":
         chosen = torch.zeros_like(weight, dtype=torch.bool).scatter_(-1, tokens, is_selected)
         left = flat.unflatten(1, (kv_heads, -1)).masked_fill(chosen[:, :, None], -torch.inf)
-        residual = left.flatten(1, 2).view_as(scores).logsumexp(-1)
+        left = left.flatten(1, 2).view_as(scores)
+        residual = left.logsumexp(-1)
+        if config.residual == "linear":
+            residual_factor = _mean_factors(left, residual, factors, block_table)
     always = _always_rows(seq_lens.long(), end, config)[:, None].expand(-1, kv_heads, -1)
-    return Selection(torch.cat([rows, always], -1).int(), residual)
+    return Selection(torch.cat([rows, always], -1).int(), residual, residual_factor)
+
+
+def _mean_factors(
+    left: torch.Tensor, residual: torch.Tensor, factors: FactorPages, block_table: torch.Tensor
+) -> torch.Tensor:
+    """`Selection.residual_factor`.
+
+    Args:
+        left: float32 [B, H, P, N], scores of the unselected candidates, -inf elsewhere.
+        residual: float32 [B, H, P].
+    """
+    kv_heads = factors.raw.shape[1]
+    is_empty = residual.isinf()
+    # The block table means nothing where nothing is left: of padding, and past the end of a request.
+    pages = block_table.long().masked_fill(is_empty.all(1), 0)
+    columns = factors.value_scale.shape[-1]
+    key_factor = factors.key_factor(pages)[..., :columns].float().transpose(1, 2)  # [B, KV, P, N, columns]
+    share = left.softmax(-1).unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, KV, P, G, N]
+    mean = (share @ key_factor).transpose(2, 3).flatten(1, 2)
+    return mean.masked_fill(is_empty[..., None], 0.0)
