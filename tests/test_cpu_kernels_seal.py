@@ -103,7 +103,7 @@ class TestSealPages:
     def test_linear_values(
         self, name: str, factor_dtype: str, dtype: torch.dtype, rank: int, head_size: int, page_size: int
     ) -> None:
-        config = LRQKConfig(page_size=page_size, rank=rank, factor_dtype=factor_dtype, residual="linear")
+        config = LRQKConfig(page_size=page_size, rank=rank, factor_dtype=factor_dtype, residual="linear", value_rank=8)
         check_seal(name, config, dtype, head_size, queries=100)
 
     def test_linear_values_of_fewer_tokens_than_ranks(self, name: str) -> None:

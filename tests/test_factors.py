@@ -176,7 +176,7 @@ def test_values_that_follow_a_few_directions_of_the_key_factors_are_found(seed, 
 
     3e-2: columns are rounded in steps of 1/127 of their largest element, some 3 standard deviations; 8 of them add up.
     """
-    config = LRQKConfig(page_size=page_size, factor_dtype=dtype, residual="linear")
+    config = LRQKConfig(page_size=page_size, factor_dtype=dtype, residual="linear", value_rank=8)
     keys = decaying(2, 3, page_size, d, seed=seed)
     pages = torch.arange(2)
     key_factor = sealed(keys, config).key_factor(pages).float()

@@ -35,7 +35,7 @@ class LRQKConfig:
     residual: str = field(default="mean", metadata={"choices": ("linear", "mean", "none")})
     """Tokens that are not selected count through their proxy score and, "linear": a value that is linear in their
     key factor; "mean": their page's mean value; "none": not at all."""
-    value_rank: int = field(default=8, metadata={"minimum": 4, "multiple_of": 4})
+    value_rank: int = field(default=16, metadata={"minimum": 4, "multiple_of": 4})
     """Columns of the key factor that the values of `residual: "linear"` follow; a multiple of 4, at most `rank`."""
     factorization: str = field(default="lrqk", metadata={"choices": ("lrqk", "key_pca")})
     """How a page's keys are factorised; "key_pca" ignores the queries."""

@@ -120,7 +120,7 @@ def seal_rows(
         tokens = float(f.page_size)
         metric, normal_gram_k = tokens * _query_metric(gram_q, gram_k), _normalized(gram_k, tokens)
         x, y = lrqk_projections(metric, normal_gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
-    if f.value_rank:
+    if 0 < f.value_rank < f.rank:
         x, y = values_first(x, y, key, value)
     # Balance the columns: only the product of a column of A and one of X matters.
     x_size = x.norm(dim=-2, keepdim=True).clamp_min(1e-30)

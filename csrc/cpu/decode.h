@@ -9,6 +9,8 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
+constexpr int kPagesAhead = 2;  // whose linear values are fetched meanwhile
+
 // Working memory of one attention task.
 struct TaskMemory {
   float scores[kMaxGroup * kChunkRows];   // [G, kChunkRows]
@@ -27,7 +29,10 @@ inline void add_linear_values(const DecodeArgs& a, const Item& item, int64_t beg
   int filled = 0;
   for (int i = 0; i < count; ++i) {
     const int64_t p = begin + i;
-    if (p + 1 < item.num_pages) prefetch(factor_page(a, item, p + 1).value_projection(), rank * a.head_size * sizeof(T));
+    if (p + kPagesAhead < item.num_pages) {
+      const FactorPage later = factor_page(a, item, p + kPagesAhead);
+      prefetch(later.value_projection(), a.layout.key_factor_mean_offset + rank * 4 - a.layout.value_projection_offset);
+    }
     const FactorPage page = factor_page(a, item, p);
     const float *mean = page.key_factor_mean(), *scale = page.value_scale();
     for (int first = 0; first < rank;) {

@@ -24,7 +24,7 @@ inline void seal(const SealArgs& s, const Parallel& parallel) {
     });
     load_grams(s, s.gram_q ? s.gram_q + index * s.head_size * s.head_size : nullptr, m);
     fit_projections(m.fit, s.iterations, s.lambda_q, s.lambda_k);
-    if (s.layout.value_rank) put_values_first(s, m);
+    if (s.layout.value_rank && s.layout.value_rank < s.layout.rank) put_values_first(s, m);
     write_page(s, m, factors);
     if (s.layout.value_rank) write_linear_values(s, m, factors);
   });

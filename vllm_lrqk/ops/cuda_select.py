@@ -63,7 +63,7 @@ class SelectWorkspace:
         self._scratch = torch.empty(scratch, dtype=torch.uint8, device=device)
         self._rows = torch.empty(max_requests * kv_heads * config.attended_rows, dtype=torch.int32, device=device)
         self._residual = torch.empty(max_requests * heads * max_pages, device=device)
-        columns = config.rank if config.residual == "linear" else 0
+        columns = config.num_value_ranks
         self._residual_factor = torch.empty(max_requests * heads * max_pages * columns, device=device)
 
     @property
