@@ -13,7 +13,7 @@ pytestmark = pytest.mark.engine
 
 CONTINUATION = 16
 # At 512 tokens the selection covers everything, at 1536 it does not.
-LRQK = {"top_k": 400, "page_size": 64, "hot_cache": True}
+LRQK = {"top_k": 400, "page_size": 64, "hot_cache": True, "residual": "linear"}
 # Four rows and a page's start: too little for a sentence of ten words.
 TINY = {"top_k": 1, "recent_tokens": 1, "sink_tokens": 0, "page_size": 16, "rank": 4, "residual": "none"}
 

@@ -1,5 +1,11 @@
-"""Text to train on: the Python standard library's sources, and random sequences to copy."""
+"""Text to train on: the Python standard library's sources, and random sequences to copy.
 
+    python training/corpus.py held_out.txt
+
+writes the sources that are held out, for `vllm-lrqk eval --perplexity`.
+"""
+
+import argparse
 import hashlib
 import random
 import sysconfig
@@ -41,3 +47,9 @@ def repeated_tokens(generator: random.Random, length: int, vocabulary: range) ->
         is_copy += [chosen in seen and i > 0 for i in range(len(pool[chosen]))]
         seen.add(chosen)
     return tokens[:length], is_copy[:length]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.parse_args().file.write_text("\n".join(sources(held_out=True)))
