@@ -1,7 +1,8 @@
 """A start that can already copy: two heads which continue what was seen before.
 
 Heads that look back one token and heads that look for what followed the same token earlier (Olsson et al., 2022) form
-late in training, and a small computer cannot train for many million tokens. Training begins with a rough hand-made pair of them and changes it like any other weight.
+late in training, and a small computer cannot train for many million tokens. Training begins with a rough hand-made
+pair of them and changes it like any other weight.
 """
 
 import torch
