@@ -1,6 +1,6 @@
 """Prefill and decode tokens/s of LRQK against vLLM's own CPU backend, through `LLM()`, in one run.
 
-    python benchmarks/serve_cpu.py [--lengths 8192 16384 65536] [--batch 1] [--threads 2] [--json FILE] [--plot FILE]
+    python benchmarks/serve_cpu.py [--lengths 16384 65536] [--layers 4] [--batch 1] [--threads 2] [--json FILE] [--plot FILE]
 
 Both engines are alive at once, each in a process of its own, and take turns on the same cores, so that what
 else the machine does meets both. The model is random and attention-bound: the share of attention in a step
@@ -28,12 +28,12 @@ VOCAB_SIZE = 512
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 65536], help="prompt tokens")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536], help="prompt tokens")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="requests decoded together")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores for each engine")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded per measurement")
     parser.add_argument("--repeats", type=int, default=3, help="decode measurements per case; the median counts")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=128)
