@@ -1,6 +1,6 @@
 """Prefill and decode tokens/s of LRQK against vLLM's own CPU backend, through `LLM()`, in one run.
 
-    python benchmarks/serve_cpu.py [--lengths 16384 65536] [--layers 4] [--batch 1] [--threads 2] [--json FILE] [--plot FILE]
+    python benchmarks/serve_cpu.py [--lengths 16384 65536] [--layers 4] [--batch 1] [--threads 2] [--json FILE]
 
 Both engines are alive at once, each in a process of its own, and take turns on the same cores, so that what
 else the machine does meets both. The model is random and attention-bound: the share of attention in a step
