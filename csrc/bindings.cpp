@@ -114,9 +114,8 @@ lrqk::DecodeArgs selection_args(const Tensor& query, const Tensor& factors, cons
 
 void cpu_decode(const Tensor query, const Tensor host, const Tensor factors, const Tensor block_table,
                 const Tensor seq_lens, double scale, int64_t rank, int64_t value_rank, bool is_int8,
-                std::vector<int64_t> offsets,
-                int64_t top_k, double top_p, int64_t recent_tokens, int64_t sink_tokens, bool with_residual,
-                Tensor output, Tensor attended, int64_t instruction_set) {
+                std::vector<int64_t> offsets, int64_t top_k, double top_p, int64_t recent_tokens,
+                int64_t sink_tokens, bool with_residual, Tensor output, Tensor attended, int64_t instruction_set) {
   const auto layout = page_layout(factors, rank, value_rank, is_int8, offsets);
   auto a = selection_args(query, factors, block_table, seq_lens, scale, layout, host.size(2), top_k, top_p,
                           recent_tokens, sink_tokens, with_residual);
@@ -183,8 +182,8 @@ void cpu_append(const Tensor key, const Tensor value, Tensor host, const Tensor 
 }
 
 void cpu_seal(const Tensor pages, const Tensor host, Tensor factors, std::optional<Tensor> gram_q, int64_t rank,
-              int64_t value_rank, bool is_int8, std::vector<int64_t> offsets, int64_t iterations, double lambda_q, double lambda_k, double ridge, double query_share,
-              double value_shift, int64_t value_iterations,
+              int64_t value_rank, bool is_int8, std::vector<int64_t> offsets, int64_t iterations, double lambda_q,
+              double lambda_k, double ridge, double query_share, double value_shift, int64_t value_iterations,
               int64_t instruction_set) {
   check(pages, "pages", 1, ScalarType::Long);
   lrqk::SealArgs s{};
@@ -263,18 +262,17 @@ std::string cpu_instruction_sets() {
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
   m.def(
       "cpu_decode(Tensor query, Tensor host, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, "
-      "int rank, int value_rank, bool is_int8, int[] offsets, int top_k, float top_p, int recent_tokens, int sink_tokens, "
-      "bool with_residual, Tensor(a!) output, Tensor(b!) attended, int instruction_set) -> ()");
+      "int rank, int value_rank, bool is_int8, int[] offsets, int top_k, float top_p, int recent_tokens, "
+      "int sink_tokens, bool with_residual, Tensor(a!) output, Tensor(b!) attended, int instruction_set) -> ()");
   m.def(
       "cpu_select(Tensor query, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, int rank, "
-      "int value_rank, bool is_int8, int[] offsets, int page_size, int top_k, float top_p, int recent_tokens, int sink_tokens, "
-      "Tensor(a!) rows, Tensor(b!)? residual, Tensor(c!)? residual_factor, int instruction_set) -> ()");
+      "int value_rank, bool is_int8, int[] offsets, int page_size, int top_k, float top_p, int recent_tokens, "
+      "int sink_tokens, Tensor(a!) rows, Tensor(b!)? residual, Tensor(c!)? residual_factor, int instruction_set) -> ()");
   m.def(
       "cpu_append(Tensor key, Tensor value, Tensor(a!) host, Tensor slots, int instruction_set) -> ()");
   m.def(
       "cpu_seal(Tensor pages, Tensor host, Tensor(a!) factors, Tensor? gram_q, int rank, int value_rank, "
-      "bool is_int8, "
-      "int[] offsets, int iterations, float lambda_q, float lambda_k, float ridge, float query_share, "
+      "bool is_int8, int[] offsets, int iterations, float lambda_q, float lambda_k, float ridge, float query_share, "
       "float value_shift, int value_iterations, int instruction_set) -> ()");
   m.def(
       "cpu_prefill(Tensor query, Tensor key, Tensor value, Tensor host, Tensor pages, int context_len, float scale, "

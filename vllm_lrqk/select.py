@@ -88,12 +88,23 @@ def select(
         left = scores.masked_fill(chosen.repeat_interleave(group, 1), -torch.inf).unflatten(-1, (num_pages, n))
         residual = left.logsumexp(-1)
         if config.residual == "linear":
-            key_factor = factors.key_factor(block_table[:, :num_pages].long())[..., : config.num_value_ranks]
-            key_factor = key_factor.float().transpose(1, 2)  # [B, KV, P, N, value_rank]
-            share = left.softmax(-1).unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, KV, P, G, N]
-            residual_factor = (share @ key_factor).transpose(2, 3).flatten(1, 2)
-            residual_factor = residual_factor.masked_fill(residual.isinf()[..., None], 0.0)
+            residual_factor = mean_factors(left, residual, factors, block_table[:, :num_pages].long())
     return Selection(torch.cat([rows, always], -1).int(), residual, residual_factor)
+
+
+def mean_factors(left: torch.Tensor, residual: torch.Tensor, factors: FactorPages, pages: torch.Tensor) -> torch.Tensor:
+    """`Selection.residual_factor`.
+
+    Args:
+        left: float32 [B, H, P, N], scores of the unselected candidates, -inf elsewhere.
+        residual: float32 [B, H, P], their log-sum-exp.
+        pages: int64 [B, P], any valid page where nothing is left.
+    """
+    kv_heads, columns = factors.raw.shape[1], factors.format.value_rank
+    key_factor = factors.key_factor(pages)[..., :columns].float().transpose(1, 2)  # [B, KV, P, N, columns]
+    share = left.softmax(-1).unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, KV, P, G, N]
+    mean = (share @ key_factor).transpose(2, 3).flatten(1, 2)
+    return mean.masked_fill(residual.isinf()[..., None], 0.0)
 
 
 def heaviest(weight: torch.Tensor, group: int, config: LRQKConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -61,7 +61,7 @@ struct DecodeArgs {
   int32_t* rows;      // select: [B, KV, row_places], else null
   int64_t row_places;
   float* residual;         // select: [B, H, residual_pages], or null
-  float* residual_factor;  // select: [B, H, residual_pages, r], or null
+  float* residual_factor;  // select: [B, H, residual_pages, value_rank], or null
   int64_t residual_pages;
   int64_t requests, heads, kv_heads, head_size, page_size;
   int page_shift;  // page_size is 1 << page_shift

@@ -9,7 +9,7 @@ namespace LRQK_ISA {
 struct SealMemory {
   Fit fit;
   float* key;         // [N, d]
-  float* value;       // [N, d], without their mean
+  float* value;       // [N, d], without their mean; for linear values only
   float* value_mean;  // [d]
   float* factor;      // [N, r], width as in Fit
   float* highest;     // [r]
@@ -24,7 +24,7 @@ inline SealMemory carve_seal(const SealArgs& s, Carver& carver) {
   m.fit = carve_fit(s.head_size, s.layout.rank, carver);
   m.width = m.fit.width;
   m.key = carver.take<float>(rows * s.head_size + kMatmulRows);
-  m.value = carver.take<float>(rows * s.head_size + kMatmulRows);
+  if (s.layout.value_rank) m.value = carver.take<float>(rows * s.head_size + kMatmulRows);
   m.value_mean = carver.take<float>(s.head_size);
   m.factor = carver.take<float>(rows * m.width);
   m.highest = carver.take<float>(m.width);
@@ -40,12 +40,12 @@ inline void load_page(const SealArgs& s, const T* rows, SealMemory& m) {
   for (int64_t n = 0; n < s.page_size; ++n, rows += 2 * d) {
     for (int64_t i = 0; i < d; i += W) {
       store(m.key + n * d + i, load(rows + i));
-      store(m.value + n * d + i, load(rows + d + i));
+      if (s.layout.value_rank) store(m.value + n * d + i, load(rows + d + i));
       store(m.value_mean + i, add(load(m.value_mean + i), load(rows + d + i)));
     }
   }
   for (int64_t i = 0; i < d; ++i) m.value_mean[i] /= s.page_size;
-  for (int64_t n = 0; n < s.page_size * d; n += d) {
+  for (int64_t n = 0; s.layout.value_rank && n < s.page_size * d; n += d) {
     for (int64_t i = 0; i < d; i += W) store(m.value + n + i, sub(load(m.value + n + i), load(m.value_mean + i)));
   }
 }

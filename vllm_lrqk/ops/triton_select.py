@@ -9,7 +9,7 @@ import triton.language as tl
 
 from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.page import FactorPages
-from vllm_lrqk.select import Selection, _always_rows, candidate_range, heaviest
+from vllm_lrqk.select import Selection, _always_rows, candidate_range, heaviest, mean_factors
 
 
 @triton.jit
@@ -151,26 +151,8 @@ def select(
         left = left.flatten(1, 2).view_as(scores)
         residual = left.logsumexp(-1)
         if config.residual == "linear":
-            residual_factor = _mean_factors(left, residual, factors, block_table)
+            # The block table means nothing where nothing is left: of padding, and past the end of a request.
+            pages = block_table.long().masked_fill(residual.isinf().all(1), 0)
+            residual_factor = mean_factors(left, residual, factors, pages)
     always = _always_rows(seq_lens.long(), end, config)[:, None].expand(-1, kv_heads, -1)
     return Selection(torch.cat([rows, always], -1).int(), residual, residual_factor)
-
-
-def _mean_factors(
-    left: torch.Tensor, residual: torch.Tensor, factors: FactorPages, block_table: torch.Tensor
-) -> torch.Tensor:
-    """`Selection.residual_factor`.
-
-    Args:
-        left: float32 [B, H, P, N], scores of the unselected candidates, -inf elsewhere.
-        residual: float32 [B, H, P].
-    """
-    kv_heads = factors.raw.shape[1]
-    is_empty = residual.isinf()
-    # The block table means nothing where nothing is left: of padding, and past the end of a request.
-    pages = block_table.long().masked_fill(is_empty.all(1), 0)
-    columns = factors.value_scale.shape[-1]
-    key_factor = factors.key_factor(pages)[..., :columns].float().transpose(1, 2)  # [B, KV, P, N, columns]
-    share = left.softmax(-1).unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, KV, P, G, N]
-    mean = (share @ key_factor).transpose(2, 3).flatten(1, 2)
-    return mean.masked_fill(is_empty[..., None], 0.0)
