@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-VOCAB_SIZE, CODE_SIZE, HIDDEN_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS = 1024, 64, 256, 128, 4, 1
+VOCAB_SIZE, CODE_SIZE, HIDDEN_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS = 1536, 64, 256, 128, 4, 1
 ROPE_THETA = 1e12  # leaves half of the rotary pairs practically unrotated at 128K tokens
 PREVIOUS_PAIRS = 12  # high-frequency pairs that make the previous-token head sharp
 PREVIOUS_LOGIT = 40.0  # per pair

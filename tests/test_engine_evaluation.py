@@ -31,8 +31,9 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def command(needle_folder, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
-    arguments = [str(needle_folder), "--tasks", "needle", "--lengths", "512", "1536", "--samples", "3"]
-    arguments += ["--multi-turn", "2", "--decode-question", "--dtype", "float32", "--output", str(folder)]
+    arguments = [str(needle_folder), "--tasks", "needle", "passage", "--lengths", "512", "1536"]
+    arguments += ["--samples", "3", "--multi-turn", "2", "--decode-question", "--dtype", "float32"]
+    arguments += ["--output", str(folder)]
     arguments += ["--perplexity", str(text), "--continuation", str(CONTINUATION)]
     arguments += ["--engine", '{"enforce_eager": true}']
     arguments += ["--config", f"lrqk={json.dumps(LRQK)}", "--config", f"tiny={json.dumps(TINY)}"]
@@ -49,10 +50,10 @@ def rows_of(folder):
 
 def test_scores(command):
     rows = rows_of(command[1])
-    assert len(rows) == 3 * 2 * 3  # configurations; lengths; two turns and perplexity
+    assert len(rows) == 3 * 2 * 5  # configurations; lengths; two turns, passage, both tasks together, perplexity
     for length in (512, 1536):
-        for turn in (1, 2):
-            dense, lrqk, tiny = (rows["needle", length, turn, name] for name in ("dense", "lrqk", "tiny"))
+        for task, turn in (("needle", 1), ("needle", 2), ("passage", 0)):
+            dense, lrqk, tiny = (rows[task, length, turn, name] for name in ("dense", "lrqk", "tiny"))
             assert dense["value"] == lrqk["value"] == 1
             assert lrqk["difference"] == 0 and lrqk["low"] < 0 < lrqk["high"]
             assert tiny["value"] < 0.9 and tiny["difference"] == pytest.approx(tiny["value"] - 1)

@@ -9,13 +9,16 @@ from transformers import PreTrainedTokenizerFast
 
 from vllm_lrqk.evaluation.tasks import TASKS, make_conversation
 
+LEARNED = [name for name in TASKS if name != "passage"]
 SHARES = {"task": 0.55, "text": 0.25, "repeated": 0.2}
-FIRST_SHARES = {"task": 0.15, "text": 0.15, "repeated": 0.7}
+FIRST_LEARNED = [name for name in TASKS if name != "passage"]
+SHARES = {"task": 0.15, "text": 0.15, "repeated": 0.7}
 """Of rows, at first: copying is learned from repeated tokens, and the tasks build on it."""
 WEIGHTS = {"answer": 2.0, "prompt": 0.03, "text": 0.5, "copy": 1.0}
 """Loss weights of tokens. Most of a prompt is random on purpose, and answers are few."""
-TURNS = 6
-"""Questions about one text, where a task allows several: answers are few, and all there is to learn from."""
+TOKENS_PER_TURN = 128
+"""Length of a row over the most questions about its text, where a task allows several: answers are few, and all there
+is to learn from."""
 
 
 class Batches:
@@ -53,8 +56,8 @@ class Batches:
     def _task(self, length: int) -> tuple[list[int], list[float]]:
         count = lambda text: len(self.encode(text))  # noqa: E731
         while True:
-            name = self.random.choice([*TASKS])
-            turns = self.random.randint(1, TURNS) if TASKS[name].turns else 1
+            name = self.random.choice(LEARNED)
+            turns = self.random.randint(1, max(4, length // TOKENS_PER_TURN)) if TASKS[name].turns else 1
             try:
                 questions = make_conversation(name, length, count, self.random.getrandbits(32), turns)
             except ValueError:

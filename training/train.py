@@ -1,12 +1,12 @@
 """Train the small language model that the evaluation uses by default.
 
-    python training/train.py FOLDER [--minutes 38] [--threads 2] [--device cpu]
+    python training/train.py FOLDER [--minutes 38] [--start FOLDER] [--threads 2] [--device cpu]
 
 A Llama of 2.3 million parameters (3 layers, 4 query and 2 KV heads of size 64, RoPE, 4,096 tokens of context) learns
 from the Python standard library's sources, from the tasks of `vllm_lrqk.evaluation.tasks` and from sequences that
-repeat. Contexts grow from 256 to 4,096 tokens while the time goes by. Seeds are fixed; how many steps fit into the
-time depends on the machine. The checkpoint is bfloat16 in Hugging Face's format, with its tokenizer and, in
-`training.json`, what it took.
+repeat. Contexts grow from 256 to 4,096 tokens while the time goes by; with --start, which continues from a checkpoint,
+from 512. Seeds are fixed; how many steps fit into the time depends on the machine. The checkpoint is bfloat16 in
+Hugging Face's format, with its tokenizer and, in `training.json`, what it took.
 """
 
 import argparse
@@ -17,27 +17,31 @@ import random
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
 from corpus import sources  # noqa: E402
-from data import FIRST_SHARES, SHARES, Batches  # noqa: E402
+from data import FIRST_SHARES, LEARNED, SHARES, Batches  # noqa: E402
 from induction import start_with_induction  # noqa: E402
 from muon import Muon  # noqa: E402
 from tokenizer import VOCAB_SIZE, train_tokenizer  # noqa: E402
 
-from vllm_lrqk.evaluation.tasks import TASKS, make_sample  # noqa: E402
+from vllm_lrqk.evaluation.tasks import make_sample  # noqa: E402
 
 CONTEXT = 4096
 STAGES = ((0.3, 256), (0.45, 512), (0.62, 1024), (0.8, 2048), (1.0, 4096))
+CONTINUED_STAGES = ((0.3, 512), (0.65, 1024), (0.85, 2048), (1.0, 4096))
+SHORTER_SHARE = 0.35
+"""(share of the time until which, longest row) of each stage, and the share of its batches that are of shorter rows."""
 COPYING_UNTIL = 0.05
-"""(share of the time until which, longest row) of each stage; half of a stage's batches are of shorter rows."""
+"""Share of the time, when training starts anew."""
 TOKENS_PER_STEP = 4096
 PEAK_RATE, WARM_UP_STEPS = 0.006, 60
 SAVE_EVERY = 200
@@ -47,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--minutes", type=float, default=38.0, help="time to train for")
+    parser.add_argument("--start", type=Path, help="a checkpoint of this script to continue from, tokenizer and all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -83,10 +88,10 @@ def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def stage_length(progress: float, generator: random.Random) -> int:
-    longest = next(length for until, length in STAGES if progress <= until)
-    shorter = [length for _, length in STAGES if length < longest]
-    return generator.choice(shorter) if shorter and generator.random() < 0.35 else longest
+def stage_length(stages: Sequence[tuple[float, int]], progress: float, generator: random.Random) -> int:
+    longest = next(length for until, length in stages if progress <= until)
+    shorter = [length for _, length in stages if length < longest]
+    return generator.choice(shorter) if shorter and generator.random() < SHORTER_SHARE else longest
 
 
 def schedule(step: int, progress: float) -> float:
@@ -110,8 +115,8 @@ def train(model: LlamaForCausalLM, batches: Batches, arguments: argparse.Namespa
     started, tokens_seen, step = time.monotonic(), 0, 0
     with tqdm(total=100, desc="training", unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}") as bar:
         while (progress := (time.monotonic() - started) / (60 * arguments.minutes)) < 1.0:
-            length = stage_length(progress, generator)
-            shares = FIRST_SHARES if progress < COPYING_UNTIL else SHARES
+            length = stage_length(CONTINUED_STAGES if arguments.start else STAGES, progress, generator)
+            shares = FIRST_SHARES if progress < COPYING_UNTIL and not arguments.start else SHARES
             tokens, weights, kinds = batches.make(max(1, TOKENS_PER_STEP // length), length, shares)
             losses = losses_of(model, tokens.to(arguments.device), weights.to(arguments.device))
             (losses.sum() / weights.sum()).backward()
@@ -146,7 +151,7 @@ def scores(model: LlamaForCausalLM, batches: Batches, length: int, samples: int 
     """Share of right tokens of each task's answer, given the ones before it."""
     model.eval()
     result = {}
-    for task in TASKS:
+    for task in LEARNED:
         right = total = 0
         for seed in range(samples):
             try:
@@ -180,12 +185,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     texts = sources(held_out=False)
-    tokenizer_texts = texts + [
-        make_sample(task, 2048, lambda text: len(text) // 3, seed).prompt for task in TASKS for seed in range(20)
-    ]
-    batches = Batches(train_tokenizer(tokenizer_texts), texts, arguments.seed)
-    model = make_model()
-    start_with_induction(model)
+    if arguments.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.start)
+        model = LlamaForCausalLM.from_pretrained(arguments.start, dtype=torch.float32)
+    else:
+        tokenizer_texts = texts + [
+            make_sample(task, 2048, lambda text: len(text) // 3, seed).prompt for task in LEARNED for seed in range(20)
+        ]
+        tokenizer = train_tokenizer(tokenizer_texts)
+        model = make_model()
+        start_with_induction(model)
+    batches = Batches(tokenizer, texts, arguments.seed)
     model.to(arguments.device)
     started = time.monotonic()
     steps, tokens = train(model, batches, arguments)

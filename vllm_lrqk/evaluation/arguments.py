@@ -13,7 +13,7 @@ from vllm_lrqk.evaluation.tasks import MINIMUM_LENGTH, TASKS
 
 SHIPPED_MODEL = Path(__file__).parent / "model"
 DENSE = "dense"
-DEFAULT_TASKS = [name for name in TASKS if name != "needle"]
+DEFAULT_TASKS = [name for name, task in TASKS.items() if task.instructs]
 
 
 @dataclass(frozen=True)

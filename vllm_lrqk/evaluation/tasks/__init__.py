@@ -20,7 +20,10 @@ TASKS: dict[str, Task] = {
         Task("frequent_words", "the most frequent coded words", aggregation.frequent_words, all_answers),
         Task("qa", "a fact of one document", documents.questions_over_documents, any_answer, turns=True),
         Task("copy", "a passage word for word", retrieval.copy, words_in_order),
-        Task("needle", "the rest of a sentence of coded words", retrieval.needle, words_in_order, turns=True),
+        Task(
+            "needle", "the rest of a sentence of words", retrieval.needle, words_in_order, turns=True, instructs=False
+        ),
+        Task("passage", "the rest of a long sentence of words", retrieval.passage, words_in_order, instructs=False),
     )
 }
 

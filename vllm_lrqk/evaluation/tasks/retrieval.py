@@ -3,7 +3,17 @@
 import random
 
 from vllm_lrqk.evaluation.tasks.sample import Draft, Question
-from vllm_lrqk.evaluation.tasks.words import ADJECTIVES, CODED_WORDS, NOUNS, Stream, distinct, listing, prose, scatter
+from vllm_lrqk.evaluation.tasks.words import (
+    ADJECTIVES,
+    CODED_WORDS,
+    MANY_CODED_WORDS,
+    NOUNS,
+    Stream,
+    distinct,
+    listing,
+    prose,
+    scatter,
+)
 
 INSTRUCTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
@@ -103,8 +113,16 @@ def multiquery(rng: random.Random, length: int, questions: int) -> Draft:
 
 def needle(rng: random.Random, length: int, questions: int) -> Draft:
     """Coded words without any instruction; a sentence's first word is given and the rest must follow."""
-    words_each = 10
-    words = rng.sample(CODED_WORDS, len(CODED_WORDS))
+    return _sentences_of_words(rng, CODED_WORDS, 10, questions)
+
+
+def passage(rng: random.Random, length: int, questions: int) -> Draft:
+    """As `needle`, but the sentence is an eighth of the length, in words: a long answer."""
+    return _sentences_of_words(rng, MANY_CODED_WORDS, min(length // 8, 1024), questions)
+
+
+def _sentences_of_words(rng: random.Random, coded_words: list[str], words_each: int, questions: int) -> Draft:
+    words = rng.sample(coded_words, len(coded_words))
     sentences = [words[i * words_each : (i + 1) * words_each] for i in range(questions)]
     filler_words = words[questions * words_each :]
     inserts = [(rng.random(), " ".join(sentence)) for sentence in sentences]

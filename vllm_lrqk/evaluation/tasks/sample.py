@@ -35,13 +35,17 @@ class Draft:
 
 @dataclass(frozen=True)
 class Task:
-    """`draft(random, length, questions)` makes a text; where `turns` is false it has one question only."""
+    """`draft(random, length, questions)` makes a text; where `turns` is false it has one question only.
+
+    Where `instructs` is false no word says what to do: for models that continue what they saw before.
+    """
 
     name: str
     description: str
     draft: Callable[[random.Random, int, int], Draft]
     scorer: Scorer
     turns: bool = False
+    instructs: bool = True
 
 
 @dataclass(frozen=True)

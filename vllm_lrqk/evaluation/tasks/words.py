@@ -47,8 +47,9 @@ saxophone trombone trumpet tuba ukulele viola violin xylophone zither
 """.split()
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-CODED_WORDS = [first + second + "x" for first in SYLLABLES[:13] for second in SYLLABLES]
+MANY_CODED_WORDS = [first + second + "x" for first in SYLLABLES[:20] for second in SYLLABLES]
 """Words that mean nothing: babax, babex, ..."""
+CODED_WORDS = MANY_CODED_WORDS[: 13 * len(SYLLABLES)]
 
 
 class Stream:
