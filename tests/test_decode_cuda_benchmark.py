@@ -40,12 +40,12 @@ def test_wrong_arguments_are_refused(wrong: list[str]) -> None:
 
 
 def test_plan_counts_bytes() -> None:
-    """Llama-3.1-8B's layer at 128K: 4 KiB of keys and values per token; rank 16 in int8 is about 26 bytes per head."""
+    """Llama-3.1-8B's layer at 128K: 4 KiB of keys and values per token; rank 16 in int8 is about 34 bytes per head."""
     options = parse(["--lengths", "131072", "--batches", "8"])
     shape, config = shapes_of(options)[0], config_of(options)
     assert shape.host_bytes(config) == 8 * 513 * 256 * 4096
     per_head_token = shape.factor_bytes(config) / (8 * 131072 * 8)
-    assert 25 < per_head_token < 28
+    assert 33 < per_head_token < 36
     assert plan(options)[0]["host_gib"] == pytest.approx(4.0, rel=0.01)
     assert shape.host_bytes(config) / shape.device_bytes(config) > 10
 

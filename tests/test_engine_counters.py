@@ -33,7 +33,8 @@ def test_lines_and_counters(models, log_lines):
     assert len(start) == 1
     device, host, room, host_room, device_room, dense = numbers(start[0].partition("kernels")[2])
     assert host == 2 * 2 * 2 * 64 * 4  # layers, KV heads, key and value, head size, float32
-    assert device == 2 * 2 * (16 + (16 * 64 + 64 + 128) / 64)  # A; X, scales and mean value per 64-token page
+    # A; per 64-token page X, scales and mean value, value projection, its scales and the mean of A
+    assert device == 2 * 2 * (16 + (16 * 64 + 64 + 128 + 16 * 64 + 64 + 64) / 64)
     assert room == host_room == (int(0.1 * 2**30) // (host * 64) - 1) * 64
     assert device_room > room
     assert dense == int(device_room * device / host)

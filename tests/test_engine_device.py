@@ -23,7 +23,6 @@ pytestmark = pytest.mark.engine
 PAGE = 16
 # Chunks and batches differ between the engines' schedules, hence factors that ignore the queries.
 SETTINGS = {"page_size": PAGE, "rank": 8, "top_k": 24, "recent_tokens": 8, "factorization": "key_pca"}
-SETTINGS["residual"] = "linear"
 COUNT = 20
 LENGTHS = [1, PAGE - 1, PAGE, 3 * PAGE + 1, 75]
 BATCHES = {"max_num_seqs": 3, "max_num_batched_tokens": 40, "max_model_len": 256}

@@ -6,7 +6,14 @@ from engines import assert_nothing_in_use, counters, engine, greedy, scheduler, 
 pytestmark = pytest.mark.engine
 
 PAGE = 64
-SETTINGS = {"page_size": PAGE, "rank": 8, "top_k": 512, "recent_tokens": 16, "factorization": "key_pca"}
+SETTINGS = {
+    "page_size": PAGE,
+    "rank": 8,
+    "top_k": 512,
+    "recent_tokens": 16,
+    "factorization": "key_pca",
+    "residual": "mean",
+}
 # Two layers, two KV heads, head size 64: A, X, scales and mean value of a page in int8, float32 and bfloat16.
 FACTOR_BLOCK = 2 * 2 * PAGE * 19
 HOST_PAGE = 2 * 2 * PAGE * 2 * 64 * 4

@@ -166,7 +166,8 @@ def test_the_pool_holds_what_the_host_tier_can_back(model):
     config = start(model, {"page_size": 64, "rank": 16, "host_memory_gib": 0.5})
     host_page = 2 * 2 * 64 * 2 * 64 * 4
     pages = (1 << 29) // host_page
-    factor_page = 2 * 2 * (64 * 16 + 16 * 64 + 64 + 128)  # A, X, scales and mean value; no padding at this size
+    # A, X, scales, mean value, value projection, its scales and mean of A; no padding at this size
+    factor_page = 2 * 2 * (64 * 16 + 16 * 64 + 64 + 128 + 16 * 64 + 64 + 64)
     assert config.cache_config.kv_cache_memory_bytes == pages * factor_page
     user = start(model, {"host_memory_gib": 0.5}, kv_cache_memory_bytes=1 << 28)
     assert user.cache_config.kv_cache_memory_bytes == 1 << 28

@@ -32,11 +32,12 @@ class LRQKConfig:
     """Latest tokens that are always attended exactly (the current one included)."""
     sink_tokens: int = field(default=4, metadata={"minimum": 0})
     """First tokens that are always attended exactly."""
-    residual: str = field(default="mean", metadata={"choices": ("linear", "mean", "none")})
+    residual: str = field(default="linear", metadata={"choices": ("linear", "mean", "none")})
     """Tokens that are not selected count through their proxy score and, "linear": a value that is linear in their
     key factor; "mean": their page's mean value; "none": not at all."""
-    value_rank: int = field(default=16, metadata={"minimum": 4, "multiple_of": 4})
-    """Columns of the key factor that the values of `residual: "linear"` follow; a multiple of 4, at most `rank`."""
+    value_rank: int | None = field(default=None, metadata={"minimum": 4, "multiple_of": 4})
+    """Columns of the key factor that the values of `residual: "linear"` follow; a multiple of 4, at most `rank`;
+    default: all."""
     factorization: str = field(default="lrqk", metadata={"choices": ("lrqk", "key_pca")})
     """How a page's keys are factorised; "key_pca" ignores the queries."""
     factor_dtype: str = field(default="int8", metadata={"choices": ("int8", "bfloat16")})
@@ -76,7 +77,7 @@ class LRQKConfig:
     @property
     def num_value_ranks(self) -> int:
         """Columns of the key factor that values are estimated from; 0 without linear values."""
-        return min(self.value_rank, self.rank) if self.residual == "linear" else 0
+        return min(self.value_rank or self.rank, self.rank) if self.residual == "linear" else 0
 
     @property
     def num_hot_rows(self) -> int:
