@@ -115,3 +115,10 @@ def test_attended_and_hot_rows():
     assert config.attended_rows == 128
     assert config.num_hot_rows == 160
     assert LRQKConfig(top_k=100, recent_tokens=10, sink_tokens=2, page_size=16, hot_rows=128).num_hot_rows == 128
+
+
+def test_columns_of_the_values():
+    assert LRQKConfig(rank=32).num_value_ranks == 32
+    assert LRQKConfig(rank=32, value_rank=8).num_value_ranks == 8
+    assert LRQKConfig(rank=8, value_rank=16).num_value_ranks == 8
+    assert LRQKConfig(residual="mean").num_value_ranks == LRQKConfig(residual="none").num_value_ranks == 0
