@@ -11,8 +11,7 @@ from vllm_lrqk.evaluation.tasks import TASKS, make_conversation
 
 LEARNED = [name for name in TASKS if name != "passage"]
 SHARES = {"task": 0.55, "text": 0.25, "repeated": 0.2}
-FIRST_LEARNED = [name for name in TASKS if name != "passage"]
-SHARES = {"task": 0.15, "text": 0.15, "repeated": 0.7}
+FIRST_SHARES = {"task": 0.15, "text": 0.15, "repeated": 0.7}
 """Of rows, at first: copying is learned from repeated tokens, and the tasks build on it."""
 WEIGHTS = {"answer": 2.0, "prompt": 0.03, "text": 0.5, "copy": 1.0}
 """Loss weights of tokens. Most of a prompt is random on purpose, and answers are few."""
