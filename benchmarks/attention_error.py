@@ -18,7 +18,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from vllm_lrqk.config import LRQKConfig  # noqa: E402
 from vllm_lrqk.evaluation.attention.decoding import (  # noqa: E402
     dense_decode,
     paged_decode,
@@ -27,7 +26,8 @@ from vllm_lrqk.evaluation.attention.decoding import (  # noqa: E402
 )
 from vllm_lrqk.evaluation.attention.generator import SETS, generate  # noqa: E402
 from vllm_lrqk.evaluation.attention.qkv import QKV  # noqa: E402
-from vllm_lrqk.reference.published_attention import PublishedSettings  # noqa: E402
+from vllm_lrqk.evaluation.reference.published_attention import PublishedSettings  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 
 TOP_K, RECENT_TOKENS = 512, 64
 

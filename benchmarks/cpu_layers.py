@@ -11,10 +11,10 @@ import torch
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_lrqk.config import LRQKConfig
-from vllm_lrqk.host_store import allocate_host_pages
-from vllm_lrqk.ops import Kernels
-from vllm_lrqk.page import FactorPages, PageFormat
+from vllm_lrqk.core.host_pages import allocate_host_pages
+from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
+from vllm_lrqk.methods.lrqk.kernels import Kernels
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 GROUP = HEADS // KV_HEADS

@@ -8,14 +8,15 @@ import torch
 from cuda_workload import Shape, Workload, make_workload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vllm_lrqk.attend import attend
-from vllm_lrqk.config import LRQKConfig
-from vllm_lrqk.decode import decode_attention
-from vllm_lrqk.ops import cuda, cuda_library, triton_attend, triton_parts
-from vllm_lrqk.ops.cuda_decode import DecodePath
-from vllm_lrqk.ops.cuda_hot import DeviceHotCache
-from vllm_lrqk.page import FactorPages
-from vllm_lrqk.pinned import PinnedMemory, device_address
+from vllm_lrqk.core.attend import attend
+from vllm_lrqk.devices import cuda_library, triton_parts
+from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
+from vllm_lrqk.devices.pinned import PinnedMemory, device_address
+from vllm_lrqk.methods.lrqk import cuda, triton_attend
+from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
+from vllm_lrqk.methods.lrqk.decode import decode_attention
+from vllm_lrqk.methods.lrqk.format import FactorPages
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 PROBE_BYTES = 1 << 30

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_lrqk.config import LRQKConfig
-from vllm_lrqk.hot_cache import HotFormat
-from vllm_lrqk.page import FactorPages, PageFormat
+from vllm_lrqk.core.hot_rows import HotFormat
+from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 
 @dataclass(frozen=True)

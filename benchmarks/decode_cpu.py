@@ -37,8 +37,8 @@ from cpu_layers import (  # noqa: E402
     relative_error,
 )
 
-from vllm_lrqk.config import ConfigError, LRQKConfig  # noqa: E402
-from vllm_lrqk.ops import kernels_for  # noqa: E402
+from vllm_lrqk.methods.lrqk.kernels import kernels_for  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig  # noqa: E402
 
 DTYPE = torch.bfloat16
 COLD_BYTES = 128 << 20
@@ -181,7 +181,7 @@ def main() -> None:
     if arguments.plot:
         save_plot(records, arguments.plot)
     if not is_green:
-        sys.exit("The kernel test is red: no speed-up is reported. Run pytest tests/test_cpu_kernels_decode.py.")
+        sys.exit("The kernel test is red: no speed-up is reported. Run pytest tests/methods/lrqk/test_cpu_decode.py.")
 
 
 if __name__ == "__main__":

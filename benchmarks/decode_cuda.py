@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from cuda_workload import Shape  # noqa: E402
 
-from vllm_lrqk.config import LRQKConfig  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 
 GIB = 1 << 30
 COLUMNS = {

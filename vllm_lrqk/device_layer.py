@@ -4,16 +4,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_lrqk.config import LRQKConfig
-from vllm_lrqk.counters import Counters
+from vllm_lrqk.core.counters import Counters
+from vllm_lrqk.core.layer import Layer
 from vllm_lrqk.device_step import DeviceStep
-from vllm_lrqk.layer import Layer
-from vllm_lrqk.ops import Kernels
-from vllm_lrqk.ops.cuda_hot import DeviceHotCache
-from vllm_lrqk.page import FactorPages
+from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
+from vllm_lrqk.methods.lrqk.format import FactorPages
+from vllm_lrqk.methods.lrqk.kernels import Kernels
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 if TYPE_CHECKING:  # needs Triton, which the CPU platform does not have
-    from vllm_lrqk.ops.cuda_decode import DecodePath
+    from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
 
 
 class DeviceLayerState(Layer):

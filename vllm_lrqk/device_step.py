@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from vllm_lrqk.step import PrefillChunk, prefill_chunk
+from vllm_lrqk.core.step import PrefillChunk, prefill_chunk
 
 
 @dataclass

@@ -3,7 +3,7 @@
 vLLM calls it in every process, possibly several times; an exception here would stop engines that do not use LRQK.
 """
 
-from vllm_lrqk import compat
+from vllm_lrqk.integration import compat
 
 BACKEND = "LRQK"
 HOT_BACKEND = "LRQK_HOT"

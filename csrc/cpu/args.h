@@ -25,7 +25,7 @@ struct i8 {
 
 constexpr int kMaxStride = 512;  // of a rank, rounded up to a vector
 
-// Where the sections of one factor page are; vllm_lrqk/page.py owns these numbers.
+// Where the sections of one factor page are; vllm_lrqk/methods/lrqk/format.py owns these numbers.
 struct PageLayout {
   int64_t page_stride;        // bytes
   int64_t head_stride;        // bytes
@@ -93,7 +93,7 @@ struct SealArgs {
   int64_t num_pages, kv_heads, head_size, page_size;
   int iterations;
   float lambda_q, lambda_k;
-  // RIDGE, QUERY_SHARE, VALUE_SHIFT and VALUE_ITERATIONS of vllm_lrqk/factors.py
+  // RIDGE, QUERY_SHARE, VALUE_SHIFT and VALUE_ITERATIONS of vllm_lrqk/methods/lrqk/seal.py
   float ridge, query_share, value_shift;
   int value_iterations;
   DType dtype;

@@ -1,4 +1,4 @@
-// The page-local LRQK fit on Gram matrices; vllm_lrqk/factors.py has the formulas and the reasons.
+// The page-local LRQK fit on Gram matrices; vllm_lrqk/methods/lrqk/seal.py has the formulas and the reasons.
 #pragma once
 
 #include <cstring>

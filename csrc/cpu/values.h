@@ -1,4 +1,4 @@
-// Linear values of a page: values_first and value_regression of vllm_lrqk/factors.py.
+// Linear values of a page: values_first and value_regression of vllm_lrqk/methods/lrqk/seal.py.
 #pragma once
 
 #include "seal_page.h"

@@ -15,7 +15,7 @@ namespace lrqk::cuda {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
-// Where the sections of one factor page are; vllm_lrqk/page.py owns these numbers.
+// Where the sections of one factor page are; vllm_lrqk/methods/lrqk/format.py owns these numbers.
 struct PageLayout {
   int64_t page_stride;        // bytes
   int64_t head_stride;        // bytes

@@ -5,7 +5,7 @@
 
 namespace lrqk::cuda {
 
-// Sealed tokens that are neither sink nor recent, as candidate_range in vllm_lrqk/select.py; empty: first = end = 0.
+// Sealed tokens that are neither sink nor recent, as candidate_range in vllm_lrqk/methods/lrqk/score.py; empty: first = end = 0.
 // The page that the current token fills is sealed after this step, which may be a graph.
 struct Candidates {
   int first, end;

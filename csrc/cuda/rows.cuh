@@ -5,7 +5,7 @@
 
 namespace lrqk::cuda {
 
-// A 32-bit mark of a row and its page's generation, as HotCache._tag in vllm_lrqk/hot_cache.py.
+// A 32-bit mark of a row and its page's generation, as HotCache._tag in vllm_lrqk/core/hot_rows.py.
 __device__ inline int tag_of(int64_t row, int64_t generation) {
   constexpr unsigned long long kMultiplier = 0x9E3779B1u;
   const unsigned long long place = static_cast<unsigned long long>(row) + 1;

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_lrqk.pinned import PinnedMemory, device_address
+from vllm_lrqk.devices.pinned import PinnedMemory, device_address
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -25,7 +25,7 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def operators() -> Any:
     """The compiled operators; a machine with a GPU but without them fails instead of skipping."""
-    from vllm_lrqk.ops.cuda_library import operators
+    from vllm_lrqk.devices.cuda_library import operators
 
     found = operators()
     assert found is not None, "the CUDA kernels are not built: python setup.py build_ext --inplace"

@@ -9,7 +9,7 @@ import torch
 from batches import make_batch
 from hot_decoding import HotDecoding
 
-from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 CONFIG = LRQKConfig(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3)
 LENGTHS = [1, 15, 63, 211, 500]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from served_layers import ServedLayers, serve
 
-from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.device_counters import DeviceCounters
 from vllm_lrqk.device_step import DeviceStep, filled_pages
-from vllm_lrqk.ops import triton_attend, triton_parts
+from vllm_lrqk.devices import triton_parts
+from vllm_lrqk.methods.lrqk import triton_attend
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 SPARSE = LRQKConfig(rank=4, page_size=16, top_k=12, recent_tokens=3, sink_tokens=2)
 COVERING = LRQKConfig(rank=4, page_size=16, top_k=80, recent_tokens=3, sink_tokens=2)

@@ -8,10 +8,12 @@ import torch
 from batches import make_batch
 from cpu_kernel_cases import relative_error
 
-from vllm_lrqk.config import LRQKConfig
-from vllm_lrqk.ops import cuda, cuda_prefill, kernels_for, torch_ops
-from vllm_lrqk.page import FactorPages, PageFormat
-from vllm_lrqk.prefill import prefill_attention, query_grams
+from vllm_lrqk.core.prefill import prefill_attention, query_grams
+from vllm_lrqk.devices import cuda_prefill
+from vllm_lrqk.methods.lrqk import cuda, torch_ops
+from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
+from vllm_lrqk.methods.lrqk.kernels import kernels_for
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 Pin = Callable[[torch.Tensor], torch.Tensor]
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -12,15 +12,15 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
-from vllm_lrqk.config import ConfigError
+from vllm_lrqk.core.step import Step, build_step
 from vllm_lrqk.device_step import DeviceStep, build_device_step
+from vllm_lrqk.integration.blocks import FactorSpec, HotSpec, factor_spec
 from vllm_lrqk.integration.device import device_operators
 from vllm_lrqk.integration.device_worker import DeviceWorkerState
-from vllm_lrqk.integration.spec import FactorSpec, HotSpec, factor_spec
 from vllm_lrqk.integration.startup import host_plan, read_config
 from vllm_lrqk.integration.worker import WorkerState
+from vllm_lrqk.methods.lrqk.settings import ConfigError
 from vllm_lrqk.plugin import BACKEND, HOT_BACKEND
-from vllm_lrqk.step import Step, build_step
 
 
 class LRQKBackend(AttentionBackend):

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from vllm_lrqk.config import ConfigError, LRQKConfig
-from vllm_lrqk.ops.cuda_select import check_config
+from vllm_lrqk.methods.lrqk.cuda_select import check_config
+from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
 
 
 def check_model(vllm_config: Any, config: LRQKConfig) -> None:

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from vllm_lrqk.config import ConfigError, LRQKConfig
-from vllm_lrqk.host_store import GIB
-from vllm_lrqk.integration.spec import hot_format
-from vllm_lrqk.ops import cuda_library
-from vllm_lrqk.ops.cuda_select import MAX_HEAD_SIZE, MAX_RANK, MAX_TOKENS
-from vllm_lrqk.pinned import MAX_PINNED_SHARE
+from vllm_lrqk.core.host_pages import GIB
+from vllm_lrqk.devices import cuda_library
+from vllm_lrqk.devices.pinned import MAX_PINNED_SHARE
+from vllm_lrqk.integration.blocks import hot_format
+from vllm_lrqk.methods.lrqk.cuda_select import MAX_HEAD_SIZE, MAX_RANK, MAX_TOKENS
+from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
 
 
 def device_operators() -> Any | None:
@@ -74,7 +74,7 @@ def make_decode_path(
     operators: Any, vllm_config: Any, config: LRQKConfig, heads: int, kv_heads: int, head_size: int
 ) -> Any:
     """Memory and launches of decode steps; taken while the model is loaded, so that vLLM's profiling counts it."""
-    from vllm_lrqk.ops.cuda_decode import DecodePath, requests_at_once
+    from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath, requests_at_once
 
     form = hot_format(config, head_size, vllm_config.model_config.dtype)
     hot_blocks = form.blocks_for(config.num_hot_rows)

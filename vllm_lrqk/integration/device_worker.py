@@ -4,16 +4,16 @@ from typing import Any
 
 import torch
 
-from vllm_lrqk import compat
-from vllm_lrqk.counters import Counters
+from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.device_counters import DeviceCounters
 from vllm_lrqk.device_layer import DeviceLayerState
 from vllm_lrqk.device_step import DeviceStep, filled_pages
-from vllm_lrqk.integration.spec import FactorSpec
+from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
+from vllm_lrqk.devices.pinned import PinnedMemory, device_address, release_all, released_with
+from vllm_lrqk.integration import compat
+from vllm_lrqk.integration.blocks import FactorSpec
 from vllm_lrqk.integration.worker import WorkerState
-from vllm_lrqk.ops.cuda_hot import DeviceHotCache
-from vllm_lrqk.page import FactorPages
-from vllm_lrqk.pinned import PinnedMemory, device_address, release_all, released_with
+from vllm_lrqk.methods.lrqk.format import FactorPages
 
 
 class DeviceWorkerState(WorkerState):
@@ -38,7 +38,7 @@ class DeviceWorkerState(WorkerState):
     def _join(
         self, factors: FactorPages, host: torch.Tensor, hot_bytes: torch.Tensor | None, scale: float, path: Any
     ) -> DeviceLayerState:
-        from vllm_lrqk.ops import cuda
+        from vllm_lrqk.methods.lrqk import cuda
 
         assert hot_bytes is not None
         if self._device.type == "cuda":

@@ -9,16 +9,16 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_lrqk import compat
-from vllm_lrqk.capture import LayerCapture
+from vllm_lrqk.core.capture import LayerCapture
+from vllm_lrqk.core.layer import LayerState
 from vllm_lrqk.device_layer import DeviceLayerState
+from vllm_lrqk.integration import compat
 from vllm_lrqk.integration.backend import HotBackend, LRQKBackend
+from vllm_lrqk.integration.blocks import HotSpec, hot_spec
 from vllm_lrqk.integration.checks import check_layer
 from vllm_lrqk.integration.device import device_operators, make_decode_path
-from vllm_lrqk.integration.spec import HotSpec, hot_spec
 from vllm_lrqk.integration.startup import host_plan, kv_dtype, read_config, uses_hot_cache
 from vllm_lrqk.integration.worker import WorkerState
-from vllm_lrqk.layer import LayerState
 
 
 class HotLayer(nn.Module, AttentionLayerBase):

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_lrqk import compat
-from vllm_lrqk.config import ConfigError, LRQKConfig
-from vllm_lrqk.host_store import DEFAULT_MEMORY_SHARE, GIB, free_host_memory, host_page_bytes
+from vllm_lrqk.core.host_pages import DEFAULT_MEMORY_SHARE, GIB, free_host_memory, host_page_bytes
+from vllm_lrqk.integration import compat
+from vllm_lrqk.integration.blocks import hot_format, page_format
 from vllm_lrqk.integration.checks import check_model, check_selector
 from vllm_lrqk.integration.device import check_device, check_pinned_share
-from vllm_lrqk.integration.spec import hot_format, page_format
+from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
 from vllm_lrqk.plugin import BACKEND
 
 logger = compat.logger("lrqk")

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from vllm_lrqk import compat
-from vllm_lrqk.capture import LayerCapture, LayerShape
-from vllm_lrqk.counters import Counters
+from vllm_lrqk.core.capture import LayerCapture, LayerShape
+from vllm_lrqk.core.counters import Counters
+from vllm_lrqk.core.host_pages import allocate_host_pages
+from vllm_lrqk.core.hot_rows import HotCache
+from vllm_lrqk.core.layer import LayerState
 from vllm_lrqk.device_layer import DeviceLayerState
-from vllm_lrqk.host_store import allocate_host_pages
-from vllm_lrqk.hot_cache import HotCache
-from vllm_lrqk.integration.spec import FactorSpec, hot_format, page_format
+from vllm_lrqk.integration import compat
+from vllm_lrqk.integration.blocks import FactorSpec, hot_format, page_format
 from vllm_lrqk.integration.startup import check_host_memory, host_plan, kv_dtype, read_config
-from vllm_lrqk.layer import LayerState
-from vllm_lrqk.page import FactorPages
+from vllm_lrqk.methods.lrqk.format import FactorPages
 
 logger = compat.logger("lrqk")
 

@@ -18,9 +18,9 @@ at the end of the run. Bookkeeping of some bytes per row or page is left out for
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.evaluation.attention.qkv import QKV
-from vllm_lrqk.page import PageFormat
+from vllm_lrqk.methods.lrqk.format import PageFormat
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 QUEST_PAGE = 16
 PUBLISHED_RANKS = (32, 16, 8, 4)

@@ -8,14 +8,14 @@ from itertools import pairwise
 
 import torch
 
-from vllm_lrqk.attend import attend, gather_rows
-from vllm_lrqk.config import LRQKConfig
+from vllm_lrqk.core.attend import attend, gather_rows
+from vllm_lrqk.core.prefill import append_rows, query_grams
 from vllm_lrqk.evaluation.attention.qkv import QKV
-from vllm_lrqk.factors import seal_pages
-from vllm_lrqk.page import FactorPages, PageFormat
-from vllm_lrqk.prefill import append_rows, query_grams
-from vllm_lrqk.reference.published_attention import PublishedAttention, PublishedSettings
-from vllm_lrqk.select import select
+from vllm_lrqk.evaluation.reference.published_attention import PublishedAttention, PublishedSettings
+from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
+from vllm_lrqk.methods.lrqk.score import select
+from vllm_lrqk.methods.lrqk.seal import seal_pages
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 UNWRITTEN = 0xFF
 """Byte that fills factor pages before they are sealed: NaN in every floating-point type."""

@@ -9,13 +9,13 @@ from functools import partial
 
 import torch
 
-from vllm_lrqk.config import LRQKConfig
 from vllm_lrqk.evaluation.attention import budgets
 from vllm_lrqk.evaluation.attention.budgets import QUEST_PAGE, Plan, Planner, Settings
 from vllm_lrqk.evaluation.attention.decoding import PagedLayer
 from vllm_lrqk.evaluation.attention.exact import ExactStep
 from vllm_lrqk.evaluation.attention.qkv import QKV
-from vllm_lrqk.reference.published_attention import PublishedAttention, PublishedSettings
+from vllm_lrqk.evaluation.reference.published_attention import PublishedAttention, PublishedSettings
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 
 @dataclass

@@ -1,0 +1,85 @@
+"""What a CUDA device cannot serve ends start-up with one sentence, and what vLLM is told about graphs."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from vllm_lrqk.core.host_pages import GIB
+from vllm_lrqk.devices import cuda_library
+from vllm_lrqk.integration.backend import HotTableBuilder, LRQKBackend, StepBuilder
+from vllm_lrqk.integration.device import check_device, check_pinned_share, current_device
+from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
+
+CONFIG = LRQKConfig()
+
+
+def vllm_config(head_size: int = 128, tokens: int = 131072, device: str = "cuda") -> Any:
+    model = SimpleNamespace(model="some/model", get_head_size=lambda: head_size, max_model_len=tokens)
+    return SimpleNamespace(model_config=model, device_config=SimpleNamespace(device_type=device))
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    path = tmp_path / "_cuda_kernels.so"
+    path.touch()
+    monkeypatch.setattr(cuda_library, "LIBRARY", path)
+    return path
+
+
+@pytest.mark.parametrize(("head_size", "tokens"), [(64, 2048), (96, 8192), (128, 131072), (256, 1 << 20)])
+def test_what_can_be_served_passes(head_size: int, tokens: int) -> None:
+    check_device(vllm_config(head_size, tokens), CONFIG)
+    check_device(vllm_config(head_size, tokens), replace(CONFIG, hot_cache=True, rank=64))
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "words"),
+    [
+        ({}, replace(CONFIG, hot_cache=False), ["lrqk.hot_cache", "false", "auto"]),
+        ({}, replace(CONFIG, rank=68), ["lrqk.rank", "68", "64"]),
+        ({"head_size": 100}, CONFIG, ["head size", "100", "some/model"]),
+        ({"head_size": 320}, CONFIG, ["head size", "320", "256"]),
+        ({"tokens": 1 << 22}, CONFIG, ["--max-model-len", "4194304", "4194048"]),
+    ],
+)
+def test_one_sentence(settings: dict[str, int], config: LRQKConfig, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_device(vllm_config(**settings), config)
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert message.endswith(".")
+    assert "\n" not in message
+
+
+def test_missing_kernels(library: Path) -> None:
+    library.unlink()
+    with pytest.raises(ConfigError, match="without its CUDA kernels: install it again with nvcc"):
+        check_device(vllm_config(), CONFIG)
+
+
+def test_share_of_pinned_memory() -> None:
+    check_pinned_share(8 * GIB, 10 * GIB)
+    with pytest.raises(ConfigError, match=r"host_memory_gib is 9, but of the 10 GiB .* 80% .* lower it to 8\."):
+        check_pinned_share(9 * GIB, 10 * GIB)
+
+
+@pytest.mark.parametrize("builder", [StepBuilder, HotTableBuilder])
+def test_graph_support(builder: Any) -> None:
+    support = builder.get_cudagraph_support(vllm_config(), None)
+    assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert builder.get_cudagraph_support(vllm_config(device="cpu"), None) is AttentionCGSupport.NEVER
+
+
+def test_compute_capability() -> None:
+    capabilities = {major: SimpleNamespace(major=major) for major in (7, 8, 9, 12)}
+    served = [major for major, value in capabilities.items() if LRQKBackend.supports_compute_capability(value)]
+    assert served == [8, 9, 12]
+    assert LRQKBackend.supports_compute_capability(None)  # the CPU platform has none
+
+
+def test_device_of_the_cpu_platform() -> None:
+    assert current_device(vllm_config(device="cpu")).type == "cpu"

@@ -1,0 +1,61 @@
+"""The CUDA kernels on CPU tensors: csrc/cuda compiled as C++ against tests/support/cuda_emulation."""
+
+import hashlib
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.c*")), *sorted((ROOT / "tests/support/cuda_emulation").iterdir())]
+TORCH = Path(torch.__file__).parent
+FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DLRQK_NAMESPACE=vllm_lrqk_emulated",
+    "-DLRQK_DEVICE=CPU",
+    f"-I{ROOT / 'tests/support/cuda_emulation'}",
+    f"-I{TORCH / 'include'}",
+]
+
+
+def cuda_folder() -> Path | None:
+    """Folder of the CUDA toolkit, whose headers define half and bfloat16."""
+    nvcc = shutil.which("nvcc")
+    folders = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    return next((f for f in [*folders, Path("/usr/local/cuda")] if (f / "include/cuda_fp16.h").exists()), None)
+
+
+@cache
+def emulated_operators() -> Any:
+    """The emulated operators, compiled when a source has changed; skips the test without compiler or toolkit."""
+    cuda, compiler = cuda_folder(), shutil.which("g++")
+    if cuda is None or compiler is None:
+        pytest.skip("the emulated CUDA kernels need g++ and the CUDA toolkit's headers", allow_module_level=True)
+    text = b"".join(path.read_bytes() for path in [*SOURCES, *sorted((ROOT / "csrc/cuda").glob("*.h"))])
+    mark = hashlib.sha256(text + torch.__version__.encode() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    folder = ROOT / "build/emulated_cuda"
+    library = folder / f"{mark}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = [*FLAGS, f"-I{cuda / 'include'}"]
+        sources = [path for path in SOURCES if path.suffix in (".cu", ".cpp")]
+        objects = [folder / f"{mark}_{path.stem}.o" for path in sources]
+        for source, target in zip(sources, objects):
+            subprocess.run([compiler, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
+        link = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch"]
+        subprocess.run([compiler, "-shared", *objects, "-o", library, *link], check=True)
+        for target in objects:
+            target.unlink()
+    torch.ops.load_library(str(library))
+    return torch.ops.vllm_lrqk_emulated

@@ -1,0 +1,85 @@
+"""Exact attention over the selected rows plus the residual of the others: the plain torch form."""
+
+import torch
+
+from vllm_lrqk.methods.lrqk.format import FactorPages
+from vllm_lrqk.methods.lrqk.score import Selection
+
+
+def gather_rows(host: torch.Tensor, block_table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Keys and values of token positions, straight from the host pages.
+
+    Args:
+        host: [num_pages, KV, N, 2, d].
+        block_table: int [B, P].
+        rows: int [B, KV, R], token positions; -1 reads an arbitrary row.
+
+    Returns:
+        [B, KV, R, 2, d].
+    """
+    page_size = host.shape[2]
+    position = rows.long().clamp_min(0)
+    index = (position // page_size).flatten(1)
+    page = block_table.long().gather(1, index).unflatten(1, rows.shape[1:])
+    head = torch.arange(host.shape[1], device=host.device)[None, :, None]
+    return host[page, head, position % page_size]
+
+
+def attend(
+    query: torch.Tensor,
+    rows_kv: torch.Tensor,
+    selection: Selection,
+    factors: FactorPages,
+    block_table: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """One decode step's attention output.
+
+    With S the attended rows, exact scores s and R_p the exponential of `selection.residual`:
+
+        out = (sum_{n in S} e^{s_n} v_n + sum_p R_p u_p) / (sum_{n in S} e^{s_n} + sum_p R_p)
+
+    where u_p is the page's mean value or, with `selection.residual_factor`, the estimate that `page.py` gives of the
+    mean value of the tokens which R_p sums over.
+
+    Args:
+        query: [B, H, d].
+        rows_kv: [B, KV, R, 2, d], keys and values of `selection.rows`.
+
+    Returns:
+        float32 [B, H, d].
+    """
+    kv_heads = rows_kv.shape[1]
+    grouped = query.float().unflatten(1, (kv_heads, -1)) * scale
+    key, value = rows_kv[..., 0, :].float(), rows_kv[..., 1, :].float()
+    is_row = (selection.rows >= 0)[:, :, None, :, None]
+    scores = (grouped @ key.mT).masked_fill(~is_row[..., 0], -torch.inf)  # [B, KV, G, R]
+    value = value.masked_fill(~is_row[:, :, 0], 0.0)
+    if selection.residual is None:
+        return (scores.softmax(-1) @ value).flatten(1, 2)
+    residual = selection.residual.unflatten(1, (kv_heads, -1))  # [B, KV, G, P]
+    num_pages = residual.shape[-1]
+    weight = torch.cat([scores, residual], -1).softmax(-1)
+    left = residual_values(selection, factors, block_table[:, :num_pages].long())
+    of_rows = weight[..., :-num_pages] @ value
+    return (of_rows + (weight[..., None, -num_pages:] @ left)[..., 0, :]).flatten(1, 2)
+
+
+def residual_values(selection: Selection, factors: FactorPages, pages: torch.Tensor) -> torch.Tensor:
+    """What the tokens of each page that are not selected count as: float32 [B, KV, G or 1, P, d].
+
+    Args:
+        pages: int64 [B, P].
+    """
+    assert selection.residual is not None
+    kv_heads = factors.raw.shape[1]
+    residual = selection.residual.unflatten(1, (kv_heads, -1))
+    value = factors.value_mean[pages].transpose(1, 2).float()[:, :, None]  # [B, KV, 1, P, d]
+    if selection.residual_factor is not None:
+        offset = selection.residual_factor.unflatten(1, (kv_heads, -1))
+        offset = offset - factors.key_factor_mean[pages].transpose(1, 2)[:, :, None]
+        offset = offset * factors.value_scale[pages].transpose(1, 2)[:, :, None]  # [B, KV, G, P, value_rank]
+        projection = factors.value_projection[pages].transpose(1, 2)[:, :, None].float()
+        value = value + (offset[..., None, :] @ projection)[..., 0, :]
+    # Pages without residual may be unsealed: their bytes mean nothing.
+    return value.masked_fill(~(residual > -torch.inf).any(2)[:, :, None, :, None], 0.0)

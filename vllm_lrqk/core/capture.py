@@ -1,0 +1,161 @@
+"""Files with the queries, keys and values that the attention layers of an engine saw, for later study.
+
+    FOLDER/request-0000/LAYER.json     heads, kv_heads, head_size, dtype, scale
+    FOLDER/request-0000/LAYER.steps    a line per step: "prefill" or "decode", first token, tokens
+    FOLDER/request-0000/LAYER.rows     [tokens, H + 2 KV, d]: query, key and value heads of each token, raw
+
+Files are only appended to, so that what an engine wrote before it was ended can be read. With several ranks LAYER
+ends in "-rank" and a number; each rank has heads of its own.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy
+import torch
+
+from vllm_lrqk.core.step import Step
+
+
+class CaptureError(ValueError):
+    """A captured folder that cannot be read; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What every token's row of one layer looks like."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    dtype: str
+    """Name of the torch type: "bfloat16", "float16" or "float32"."""
+    scale: float
+    """Factor of the attention scores."""
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        return self.heads + 2 * self.kv_heads, self.head_size
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_shape[0] * self.row_shape[1] * getattr(torch, self.dtype).itemsize
+
+
+class LayerCapture:
+    """Writes one layer's tokens.
+
+    A request is known by its first page: while it lives no other request has it, and a chunk that starts at
+    token 0 is a new request (or one that was preempted and is computed anew).
+
+    Args:
+        name: of the layer, part of the file names.
+        max_tokens: the first step that would go beyond this many tokens ends the capture.
+    """
+
+    def __init__(self, folder: Path, name: str, shape: LayerShape, max_tokens: int) -> None:
+        self.folder, self.name, self.shape = folder, name, shape
+        self.tokens_left = max_tokens
+        self._requests: dict[int, int] = {}
+        self._started = 0
+
+    def write(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
+        """Append the tokens of one step.
+
+        Args:
+            query: [T, H, d].
+            key, value: [T, KV, d].
+        """
+        if step.num_tokens > self.tokens_left:
+            self.tokens_left = 0
+            return
+        self.tokens_left -= step.num_tokens
+        rows = torch.cat([query, key, value], 1).cpu().contiguous().view(torch.uint8).numpy()
+        for chunk in step.prefill:
+            page = int(chunk.pages[0])
+            if chunk.context_len == 0:
+                self._start(page)
+            self._append(page, f"prefill {chunk.context_len}", rows[chunk.start : chunk.end])
+        if step.decode is not None:
+            decode = step.decode
+            first_pages, lengths = decode.block_table[:, 0].tolist(), decode.seq_lens.tolist()
+            for token, page, length in zip(decode.tokens.tolist(), first_pages, lengths):
+                self._append(page, f"decode {length - 1}", rows[token : token + 1])
+
+    def _start(self, page: int) -> None:
+        self._requests[page] = self._started
+        self._started += 1
+        header = self._path(page, "json")
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(json.dumps(asdict(self.shape)) + "\n")
+
+    def _append(self, page: int, step: str, rows: numpy.ndarray) -> None:
+        with self._path(page, "rows").open("ab") as file:
+            file.write(rows.tobytes())
+        with self._path(page, "steps").open("a") as file:
+            file.write(f"{step} {len(rows)}\n")
+
+    def _path(self, page: int, suffix: str) -> Path:
+        return self.folder / f"request-{self._requests[page]:04d}" / f"{self.name}.{suffix}"
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """One request's tokens in one layer."""
+
+    request: str
+    layer: str
+    shape: LayerShape
+    query: torch.Tensor
+    """[L, H, d]"""
+    key: torch.Tensor
+    """[L, KV, d]"""
+    value: torch.Tensor
+    """[L, KV, d]"""
+    prompt_tokens: int
+    """Tokens that came in prefill chunks."""
+
+
+def read_capture(folder: Path) -> list[CapturedLayer]:
+    """All requests and layers of a captured folder, in order.
+
+    Raises:
+        CaptureError: there is nothing to read, tokens are missing, or the layers of a request disagree.
+    """
+    headers = sorted(folder.glob("request-*/*.json"))
+    if not headers:
+        raise CaptureError(f"{folder} has no captured requests: set lrqk.capture to a folder and serve some.")
+    layers = [_read_layer(header) for header in headers]
+    for one, other in pairwise(layers):
+        same = one.prompt_tokens == other.prompt_tokens and len(one.query) == len(other.query)
+        if one.request == other.request and not same:
+            raise CaptureError(
+                f"{folder / one.request} is incomplete, {one.layer} has {len(one.query)} tokens and {other.layer} "
+                f"{len(other.query)}: end the engine before reading, or capture again."
+            )
+    return layers
+
+
+def _read_layer(header: Path) -> CapturedLayer:
+    shape = LayerShape(**json.loads(header.read_text()))
+    steps, row_file = header.with_suffix(".steps"), header.with_suffix(".rows")
+    if not steps.exists() or not row_file.exists():
+        raise CaptureError(f"{header} has no tokens beside it: capture again.")
+    prompt_tokens, tokens = 0, 0
+    for line in steps.read_text().splitlines():
+        kind, start, count = line.split()
+        if int(start) != tokens:
+            raise CaptureError(
+                f"{steps} goes from token {tokens} to {start}: capture again with --no-enable-prefix-caching."
+            )
+        tokens += int(count)
+        prompt_tokens += int(count) * (kind == "prefill")
+    size, expected = row_file.stat().st_size, tokens * shape.row_bytes
+    if size != expected:
+        raise CaptureError(f"{row_file} has {size} bytes, but {tokens} tokens need {expected}: capture again.")
+    raw = numpy.memmap(row_file, dtype=numpy.uint8, mode="c")  # read as it is used: captures can exceed memory
+    rows = torch.from_numpy(raw).view(getattr(torch, shape.dtype)).view(tokens, *shape.row_shape)
+    query, key, value = rows.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
+    return CapturedLayer(header.parent.name, header.stem, shape, query, key, value, prompt_tokens)

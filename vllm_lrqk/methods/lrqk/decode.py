@@ -1,0 +1,35 @@
+"""One decode step of one layer, straight from the host pages: the plain torch form."""
+
+import torch
+
+from vllm_lrqk.core.attend import attend, gather_rows
+from vllm_lrqk.methods.lrqk.format import FactorPages
+from vllm_lrqk.methods.lrqk.score import select
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+
+
+def decode_attention(
+    query: torch.Tensor,
+    host: torch.Tensor,
+    factors: FactorPages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    config: LRQKConfig,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """Select and attend for one query token per request; its own key and value are already in the host pages.
+
+    Args:
+        query, output: [B, H, d].
+        host: [num_pages, KV, N, 2, d].
+        block_table: int [B, P]; entries past a request's last page are never used.
+        seq_lens: int [B], the current token included.
+
+    Returns:
+        int64 [B], the number of rows attended exactly, summed over KV heads.
+    """
+    selection = select(query, factors, block_table, seq_lens, scale, config)
+    rows_kv = gather_rows(host, block_table, selection.rows)
+    output.copy_(attend(query, rows_kv, selection, factors, block_table, scale))
+    return (selection.rows >= 0).sum((1, 2))

@@ -1,0 +1,193 @@
+"""Factorising the keys of sealed pages: the plain torch form.
+
+Every iterate of LRQK (Li et al., NeurIPS 2025, arXiv 2510.23649, section 3) on one page has the form
+A_Q = Q X, A_K = K Y with X, Y in R^{d x r}, so the whole fit needs only the Gram matrices
+G_Q = Q'Q and G_K = K'K. The proxy score of token n for query q is (q X) . (K Y)_n.
+"""
+
+import torch
+
+from vllm_lrqk.methods.lrqk.format import FactorPages
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+
+RIDGE = 1e-4
+VALUE_SHIFT = 1e-3
+"""Of the mean eigenvalue, so that orthogonal iteration stays well conditioned."""
+VALUE_ITERATIONS = 4
+QUERY_SHARE = 0.5
+"""Share of the queries at hand in G_Q; the rest is identity, so that a few of them do not blind a page to others."""
+
+
+def _solve_right(numerator: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """numerator @ gram^-1 with a ridge relative to the mean diagonal; numerator [..., m, r], gram [..., r, r]."""
+    # solve_ex: solve would wait for the device to look for singular matrices, which the ridge rules out.
+    return torch.linalg.solve_ex(gram + _ridge(gram), numerator.mT)[0].mT
+
+
+def _ridge(gram: torch.Tensor, share: float | None = None) -> torch.Tensor:
+    """A share, RIDGE by default, of the mean diagonal of [..., r, r], times identity."""
+    mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    size = (mean_diagonal * (RIDGE if share is None else share)).clamp_min(torch.finfo(gram.dtype).tiny)
+    return size * torch.eye(gram.shape[-1], device=gram.device)
+
+
+def _top_columns(gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int) -> torch.Tensor:
+    """Coordinate columns with the largest |Q| |K|, the start of the fit: one-hot [..., d, r].
+
+    The published "topcol" adds the two; the product is what a coordinate brings to the scores, at any magnitudes.
+    """
+    size = gram_q.diagonal(dim1=-2, dim2=-1) * gram_k.diagonal(dim1=-2, dim2=-1)
+    columns = size.topk(rank, dim=-1).indices[..., None, :]
+    return torch.zeros_like(gram_q[..., :rank]).scatter_(-2, columns, 1.0)
+
+
+def lrqk_projections(
+    gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int, iterations: int, lambda_q: float, lambda_k: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projections of the page-local LRQK fit.
+
+    Args:
+        gram_q, gram_k: float32 [..., d, d], Q'Q and K'K of one page.
+
+    Returns:
+        X, Y: float32 [..., d, r].
+    """
+    x = y = _top_columns(gram_q, gram_k, rank)
+    for _ in range(iterations):
+        gq_x, gk_y = gram_q @ x, gram_k @ y
+        x_gram, y_gram = x.mT @ gq_x, y.mT @ gk_y
+        # B' = G X (X'G X)^-1, because G is symmetric.
+        b_q = _solve_right(gq_x, x_gram)  # [..., d, r] = B_Q'
+        b_k = _solve_right(gk_y, y_gram)
+        x = _solve_right(gk_y + lambda_q * b_q, y_gram + lambda_q * (b_q.mT @ b_q))
+        gq_x = gram_q @ x
+        y = _solve_right(gq_x + lambda_k * b_k, x.mT @ gq_x + lambda_k * (b_k.mT @ b_k))
+    return x, y
+
+
+def _normalized(gram: torch.Tensor, mean_diagonal: float) -> torch.Tensor:
+    """Gram matrices [..., d, d] scaled to one mean diagonal; zero stays zero."""
+    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return torch.where(size > 0, gram * (mean_diagonal / size.clamp_min(torch.finfo(gram.dtype).tiny)), 0.0)
+
+
+def _query_metric(gram_q: torch.Tensor | None, gram_k: torch.Tensor) -> torch.Tensor:
+    """G_Q of the fit, float32 [..., d, d], mean diagonal 1: queries at hand and identity, or identity alone."""
+    identity = torch.eye(gram_k.shape[-1], device=gram_k.device).expand_as(gram_k)
+    if gram_q is None:
+        return identity
+    return _normalized(QUERY_SHARE * _normalized(gram_q, 1.0) + (1 - QUERY_SHARE) * identity, 1.0)
+
+
+def key_pca_projections(gram_k: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading eigenvectors of K'K, for both projections: float32 [..., d, r] twice."""
+    vectors = torch.linalg.eigh(gram_k).eigenvectors[..., -rank:]
+    return vectors, vectors
+
+
+def _quantize_columns(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of [..., n, r] in `dtype`; int8 gets one scale per column, float32 [..., r]."""
+    if dtype != torch.int8:
+        return matrix.to(dtype), torch.ones_like(matrix[..., 0, :])
+    scale = matrix.abs().amax(-2).clamp_min(1e-30) / 127
+    return (matrix / scale[..., None, :]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def seal_pages(
+    pages: torch.Tensor, host: torch.Tensor, factors: FactorPages, gram_q: torch.Tensor | None, config: LRQKConfig
+) -> None:
+    """Factorise full pages and write their factor pages.
+
+    Args:
+        pages: int64 [M], distinct page ids.
+        host: [num_pages, kv_heads, N, 2, d], the layer's host pages (keys at 0, values at 1).
+        gram_q: float32 [M, kv_heads, d, d], Q'Q of the queries at hand, zero for a page without any; None: no queries.
+    """
+    seal_rows(pages, host[pages], factors, gram_q, config)
+
+
+def seal_rows(
+    pages: torch.Tensor, rows: torch.Tensor, factors: FactorPages, gram_q: torch.Tensor | None, config: LRQKConfig
+) -> None:
+    """As `seal_pages`, from the pages' own rows [M, kv_heads, N, 2, d]."""
+    f = factors.format
+    key, value = rows[..., 0, :].float(), rows[..., 1, :].float()
+    gram_k = key.mT @ key
+    if config.factorization == "key_pca":
+        x, y = key_pca_projections(gram_k, f.rank)
+    else:
+        # Magnitudes of Q and K say nothing about which directions matter, but would shift the weight of lambda.
+        tokens = float(f.page_size)
+        metric, normal_gram_k = tokens * _query_metric(gram_q, gram_k), _normalized(gram_k, tokens)
+        x, y = lrqk_projections(metric, normal_gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
+    if 0 < f.value_rank < f.rank:
+        x, y = values_first(x, y, key, value)
+    # Balance the columns: only the product of a column of A and one of X matters.
+    x_size = x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
+    key_factor, key_scale = _quantize_columns(key @ (y * x_size), f.factor_dtype)
+    projection, projection_scale = _quantize_columns(x / x_size, f.factor_dtype)
+    words = key_factor.unflatten(-1, (f.rank // f.word_elements, f.word_elements)).transpose(-3, -2)
+    factors.key_factor_words[pages] = words
+    factors.projection[pages] = projection.mT
+    factors.scale[pages] = key_scale * projection_scale
+    factors.value_mean[pages] = value.mean(-2).to(torch.bfloat16)
+    if f.value_rank:
+        key_factor_mean, value_projection = value_regression(key_factor[..., : f.value_rank].float(), value)
+        value_projection, value_scale = _quantize_columns(value_projection, f.factor_dtype)
+        factors.key_factor_mean[pages] = key_factor_mean
+        factors.value_projection[pages] = value_projection.mT
+        factors.value_scale[pages] = value_scale
+
+
+def values_first(
+    x: torch.Tensor, y: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product X Y' in another basis: columns of the key factor in the order in which they explain values.
+
+    With A the centred key factor K Y, L L' = A'A and orthonormal Q, the columns of A L'^-1 Q are uncorrelated. Q holds
+    the eigenvectors of what a least squares fit explains, (L^-1 A'V)(L^-1 A'V)', by orthogonal iteration: roughly, as
+    any Q is right and the leading columns only have to do well together.
+
+    Args:
+        x, y: float32 [..., d, r].
+        key, value: float32 [..., N, d].
+    """
+    a = key @ y
+    a = a - a.mean(-2, keepdim=True)
+    gram = a.mT @ a
+    lower = torch.linalg.cholesky_ex(gram + _ridge(gram))[0]
+    explained = torch.linalg.solve_triangular(lower, a.mT @ value, upper=False)
+    size = explained @ explained.mT
+    size = size + _ridge(size, VALUE_SHIFT)
+    q = torch.eye(y.shape[-1], device=y.device).expand_as(size)
+    for _ in range(VALUE_ITERATIONS):
+        q = _orthonormal_columns(size @ q)
+    return x @ (lower @ q), y @ torch.linalg.solve_triangular(lower.mT, q, upper=True)
+
+
+def _orthonormal_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """Gram-Schmidt on the columns of [..., r, r], each against those before it, twice for the sake of rounding."""
+    columns: list[torch.Tensor] = []
+    for column in matrix.unbind(-1):
+        for _ in range(2):
+            if columns:
+                basis = torch.stack(columns, -1)
+                column = column - (basis @ (basis.mT @ column[..., None]))[..., 0]
+            column = column / column.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(column.dtype).tiny)
+        columns.append(column)
+    return torch.stack(columns, -1)
+
+
+def value_regression(key_factor: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least squares of a page's values on its key factors, both without their means.
+
+    Args:
+        key_factor: float32 [..., N, r], as stored.
+        value: float32 [..., N, d].
+
+    Returns:
+        The mean key factor, float32 [..., r], and the coefficients, float32 [..., d, r].
+    """
+    mean = key_factor.mean(-2)
+    centred = key_factor - mean[..., None, :]
+    return mean, _solve_right(value.mT @ centred, centred.mT @ centred)

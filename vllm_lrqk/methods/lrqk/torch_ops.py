@@ -1,0 +1,11 @@
+"""The plain torch forms as a table of kernels: the truth for all others, and the fallback."""
+
+from vllm_lrqk.core.prefill import append_rows, prefill_attention
+from vllm_lrqk.methods.lrqk.decode import decode_attention
+from vllm_lrqk.methods.lrqk.kernels import Kernels
+from vllm_lrqk.methods.lrqk.score import select
+from vllm_lrqk.methods.lrqk.seal import seal_pages
+
+
+def kernels() -> Kernels:
+    return Kernels("torch", append_rows, seal_pages, select, decode_attention, prefill_attention)
