@@ -8,13 +8,12 @@ import torch
 from cuda_workload import Shape, Workload, make_workload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vllm_lrqk.core.attend import attend
 from vllm_lrqk.devices import cuda_library, triton_parts
 from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
 from vllm_lrqk.devices.pinned import PinnedMemory, device_address
 from vllm_lrqk.methods.lrqk import cuda, triton_attend
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
-from vllm_lrqk.methods.lrqk.decode import decode_attention
+from vllm_lrqk.methods.lrqk.decode import attend_selection, decode_attention
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
@@ -197,7 +196,7 @@ class StepUnderTest:
         self._chance.uniform_()
         self.hot.tag.sub_((self._chance < rate).int())  # a tag of another row and generation
 
-    def attend(self) -> None:
+    def attend_selection(self) -> None:
         w, parts = self.w, self.path._parts
         splits = self.path._splits(w.shape.batch)
         parts = parts.cut(w.shape.batch * w.shape.kv_heads, splits)
@@ -213,7 +212,7 @@ class StepUnderTest:
         n = w.config.page_size
         page = table.gather(1, (rows.clamp_min(0) // n).flatten(1)).view_as(rows)
         rows_kv = w.host[page, head, rows.clamp_min(0) % n].to(w.query.device)
-        expected = attend(w.query, rows_kv, self.selection, w.factors, w.block_table, w.scale)
+        expected = attend_selection(w.query, rows_kv, self.selection, w.factors, w.block_table, w.scale)
         return float((self.output.float() - expected).norm() / expected.norm())
 
 

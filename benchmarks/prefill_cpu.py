@@ -29,9 +29,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from cpu_layers import HEAD_SIZE, HEADS, KV_HEADS, SCALE, CpuAttn, relative_error  # noqa: E402
 
 from vllm_lrqk.core.host_pages import allocate_host_pages  # noqa: E402
-from vllm_lrqk.core.prefill import prefill_attention, query_grams  # noqa: E402
+from vllm_lrqk.core.prefill import prefill_attention  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
 from vllm_lrqk.methods.lrqk.kernels import kernels_for  # noqa: E402
+from vllm_lrqk.methods.lrqk.seal import query_grams  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 
 DTYPE = torch.bfloat16

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from vllm_lrqk.core import prefill
-from vllm_lrqk.core.prefill import append_rows, merge, prefill_attention, query_grams
+from vllm_lrqk.core.host_pages import append_rows
+from vllm_lrqk.core.prefill import merge, prefill_attention
+from vllm_lrqk.methods.lrqk.seal import query_grams
 
 PAGE_SIZE = 16
 TOKENS = 131

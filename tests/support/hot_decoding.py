@@ -7,13 +7,13 @@ import torch
 from batches import Batch
 from pages import page_format
 
-from vllm_lrqk.core.attend import attend, gather_rows
+from vllm_lrqk.core.attend import gather_rows
 from vllm_lrqk.core.hot_rows import HotFormat
+from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
-from vllm_lrqk.methods.lrqk.decode import decode_attention
+from vllm_lrqk.methods.lrqk.decode import attend_selection, decode_attention
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.score import Selection
 from vllm_lrqk.methods.lrqk.seal import seal_pages
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
@@ -152,7 +152,7 @@ class HotDecoding:
         left = (self.selection.residual, self.selection.residual_factor)
         chosen = Selection(rows, *(None if x is None else x[: self.requests].cpu() for x in left))
         rows_kv = gather_rows(self.host_cpu, self.table, rows)
-        same = attend(query, rows_kv, chosen, self.factors_cpu, self.table, self.batch.scale)
+        same = attend_selection(query, rows_kv, chosen, self.factors_cpu, self.table, self.batch.scale)
         own = torch.empty_like(same)
         arguments = (query, self.host_cpu, self.factors_cpu, self.table, self.lens, self.batch.scale, self.config)
         decode_attention(*arguments, own)

@@ -72,3 +72,18 @@ def _advise_huge_pages(tensor: torch.Tensor) -> None:
     if length > 0:
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+
+
+def append_rows(key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write new rows into the host pages.
+
+    Args:
+        key, value: [T, KV, d].
+        host: [num_pages, KV, N, 2, d].
+        slots: int64 [T], page id * N + offset; a negative slot is skipped.
+    """
+    keep = slots >= 0
+    if not bool(keep.all()):
+        key, value, slots = key[keep], value[keep], slots[keep]
+    page, offset = slots // host.shape[2], slots % host.shape[2]
+    host[page, :, offset] = torch.stack([key, value], 2)

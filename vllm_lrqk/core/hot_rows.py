@@ -50,8 +50,8 @@ class Fetch:
     misses: int
 
 
-class HotCache:
-    """Hot slots of one layer.
+class HotRows:
+    """Hot slots of one layer, and the generations of its host pages.
 
     Args:
         raw: uint8 [num_blocks, KV, block_bytes].
@@ -61,6 +61,7 @@ class HotCache:
     def __init__(self, raw: torch.Tensor, hot_format: HotFormat, num_host_pages: int) -> None:
         f, slots = hot_format, hot_format.rows_per_block
         self.format = f
+        self.raw = raw
 
         def view(start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
             return raw[..., start : start + length * dtype.itemsize].view(dtype)
@@ -70,7 +71,11 @@ class HotCache:
         self.row = view(end, slots, torch.int32)
         self.tag = view(end + slots * 4, slots, torch.int32)
         self.last_used = view(end + slots * 8, slots, torch.int32)
-        self.generation = torch.zeros(num_host_pages, dtype=torch.int64)
+        self.generation = torch.zeros(num_host_pages, dtype=torch.int64, device=raw.device)
+
+
+class HotCache(HotRows):
+    """Hot slots in plain torch."""
 
     def pages_written(self, slots: torch.Tensor, page_size: int) -> None:
         """Note the host slots int64 [T] that a step writes: a page written at its first token is a new page."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_lrqk.core.hot_rows import HotCache, HotFormat
+from vllm_lrqk.core.hot_rows import HotFormat, HotRows
 from vllm_lrqk.devices.cuda_library import stream_handle
 
 
@@ -62,7 +62,7 @@ class Resolved:
         return sum(getattr(self, f.name).nbytes for f in fields(self))
 
 
-class DeviceHotCache(HotCache):
+class DeviceHotCache(HotRows):
     """Hot slots of one layer on a CUDA device.
 
     Args:
@@ -81,8 +81,6 @@ class DeviceHotCache(HotCache):
     ) -> None:
         super().__init__(raw, hot_format, num_host_pages)
         self.operators = operators
-        self.raw = raw
-        self.generation = self.generation.to(raw.device)
         self.clock = torch.zeros(1, dtype=torch.int32, device=raw.device)
         self.counters = torch.zeros(2, dtype=torch.int64, device=raw.device) if counters is None else counters
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.evaluation.datasets import split_name
 from vllm_lrqk.evaluation.errors import EvaluationError
 from vllm_lrqk.evaluation.tasks import MINIMUM_LENGTH, TASKS
-from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 SHIPPED_MODEL = Path(__file__).parent / "model"
 DENSE = "dense"

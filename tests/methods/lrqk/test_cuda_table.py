@@ -12,13 +12,14 @@ from selections import HALF, assert_selects_like
 
 interpreted_kernels("methods.lrqk.triton_attend")
 
-from vllm_lrqk.core.attend import attend, gather_rows  # noqa: E402
-from vllm_lrqk.core.prefill import _flash, prefill_attention, query_grams  # noqa: E402
+from vllm_lrqk.core.attend import gather_rows  # noqa: E402
+from vllm_lrqk.core.prefill import _flash, prefill_attention  # noqa: E402
 from vllm_lrqk.devices import cuda_library, cuda_prefill  # noqa: E402
 from vllm_lrqk.methods.lrqk import cuda  # noqa: E402
+from vllm_lrqk.methods.lrqk.decode import attend_selection  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
 from vllm_lrqk.methods.lrqk.kernels import Kernels  # noqa: E402
-from vllm_lrqk.methods.lrqk.seal import seal_pages  # noqa: E402
+from vllm_lrqk.methods.lrqk.seal import query_grams, seal_pages  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 from vllm_lrqk.methods.lrqk.torch_ops import kernels as torch_kernels  # noqa: E402
 
@@ -73,7 +74,7 @@ def test_decode_attention_with_residual(kernels: Kernels, residual: str) -> None
     selection = kernels.select(*arguments)
     assert attended.tolist() == (selection.rows >= 0).sum((1, 2)).tolist()
     rows_kv = gather_rows(batch.host, batch.block_table, selection.rows)
-    expected = attend(batch.query, rows_kv, selection, batch.factors, batch.block_table, batch.scale)
+    expected = attend_selection(batch.query, rows_kv, selection, batch.factors, batch.block_table, batch.scale)
     assert relative_error(output, expected) < 2e-6
 
 

@@ -7,8 +7,10 @@ import torch
 from batches import Batch, make_batch
 from interpreted import interpreted_kernels
 
-from vllm_lrqk.core.attend import attend, gather_rows
-from vllm_lrqk.methods.lrqk.score import Selection, select
+from vllm_lrqk.core.attend import gather_rows
+from vllm_lrqk.core.selection import Selection
+from vllm_lrqk.methods.lrqk.decode import attend_selection
+from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 triton_attend = interpreted_kernels("methods.lrqk.triton_attend")
@@ -41,7 +43,7 @@ def run(batch: Batch, selection: Selection, splits: int = 3, parts: int | None =
 
 def expected(batch: Batch, selection: Selection) -> torch.Tensor:
     rows_kv = gather_rows(batch.host, batch.block_table, selection.rows)
-    return attend(batch.query, rows_kv, selection, batch.factors, batch.block_table, batch.scale)
+    return attend_selection(batch.query, rows_kv, selection, batch.factors, batch.block_table, batch.scale)
 
 
 def selection_of(batch: Batch, config: LRQKConfig) -> Selection:

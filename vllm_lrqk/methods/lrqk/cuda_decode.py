@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from vllm_lrqk.core.hot_rows import HotFormat
+from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.devices import triton_parts
 from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache, Resolved
 from vllm_lrqk.devices.cuda_library import multiprocessors
 from vllm_lrqk.methods.lrqk import triton_attend
 from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.score import Selection
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 

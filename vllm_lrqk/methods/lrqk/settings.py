@@ -52,6 +52,7 @@ class LRQKConfig(Settings):
     """Rows of the hot cache per request and KV head; default: what one step can attend, plus a quarter."""
     host_memory_gib: float | None = field(default=None, metadata={"above": 0.0})
     """CPU memory for full-precision keys and values of all ranks of one host; default: half of what is free."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         least = self.attended_rows
