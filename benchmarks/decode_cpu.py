@@ -38,7 +38,7 @@ from cpu_layers import (  # noqa: E402
 )
 
 from vllm_lrqk.core.config import ConfigError  # noqa: E402
-from vllm_lrqk.methods.lrqk.kernels import kernels_for  # noqa: E402
+from vllm_lrqk.methods.lrqk.dispatch import kernels_for  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 
 DTYPE = torch.bfloat16

@@ -30,8 +30,8 @@ from cpu_layers import HEAD_SIZE, HEADS, KV_HEADS, SCALE, CpuAttn, relative_erro
 
 from vllm_lrqk.core.host_pages import allocate_host_pages  # noqa: E402
 from vllm_lrqk.core.prefill import prefill_attention  # noqa: E402
+from vllm_lrqk.methods.lrqk.dispatch import kernels_for  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
-from vllm_lrqk.methods.lrqk.kernels import kernels_for  # noqa: E402
 from vllm_lrqk.methods.lrqk.seal import query_grams  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 

@@ -6,7 +6,7 @@ from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, relative_error
 
 from vllm_lrqk.core.host_pages import append_rows
 from vllm_lrqk.core.prefill import prefill_attention
-from vllm_lrqk.methods.lrqk.kernels import force_kernels
+from vllm_lrqk.methods.lrqk.dispatch import force_kernels
 
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="CPU kernels are not built")
 

@@ -11,8 +11,8 @@ from cpu_kernel_cases import relative_error
 from vllm_lrqk.core.prefill import prefill_attention
 from vllm_lrqk.devices import cuda_prefill
 from vllm_lrqk.methods.lrqk import cuda, torch_ops
+from vllm_lrqk.methods.lrqk.dispatch import kernels_for
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
-from vllm_lrqk.methods.lrqk.kernels import kernels_for
 from vllm_lrqk.methods.lrqk.seal import query_grams
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 

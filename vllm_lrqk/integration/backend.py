@@ -19,6 +19,8 @@ class MethodBackend(BackendBase):
 
     method: ClassVar[str]
     """Key of `METHODS`."""
+    engine: ClassVar[Engine]
+    """Of the layers, in a class that `bound_to` made."""
 
     @classmethod
     def get_name(cls) -> str:
@@ -36,29 +38,29 @@ class MethodBackend(BackendBase):
 
         return StepBuilder
 
+    @classmethod
+    @cache
+    def bound_to(cls, engine: Engine) -> "type[MethodBackend]":
+        """This backend for one engine: it knows what layers need, which vLLM asks outside of any configuration."""
+        return _derived(cls, cls.__qualname__, engine=engine)
 
-@cache
-def backend_class(method: str) -> type[MethodBackend]:
-    """The backend of one method."""
-    return _derived(MethodBackend, method + _SUFFIX, method=method)
-
-
-def backend_of(engine: Engine) -> type[MethodBackend]:
-    """The backend of one engine's layers: it knows what they need, which vLLM asks outside of any configuration."""
-
-    def customize_spec(cls: Any, spec: AttentionSpec) -> AttentionSpec:
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if isinstance(spec, PageSpec | RequestSpec):
             return spec
         if type(spec) is not FullAttentionSpec or spec.head_size_v != spec.head_size:
             raise ConfigError(
                 f"{cls.method} serves full attention with equal key and value sizes, this layer has {spec}."
             )
-        plan = engine.method.plan(spec.head_size, spec.dtype)
+        plan = cls.engine.method.plan(spec.head_size, spec.dtype)
         make = page_spec if plan.is_paged else request_spec
-        return make(plan, spec.num_kv_heads, spec.head_size, engine.num_host_pages)
+        return make(plan, spec.num_kv_heads, spec.head_size, cls.engine.num_host_pages)
 
-    base = backend_class(engine.method.name)
-    return _derived(base, base.__qualname__, customize_spec=classmethod(customize_spec))
+
+@cache
+def backend_class(method: str) -> type[MethodBackend]:
+    """The backend of one method."""
+    return _derived(MethodBackend, method + _SUFFIX, method=method)
 
 
 def _derived(base: type[MethodBackend], name: str, **members: Any) -> type[MethodBackend]:

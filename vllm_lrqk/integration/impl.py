@@ -63,7 +63,7 @@ class MethodImpl(AttentionImpl):
         self._is_prepared = True
         layers = self._vllm_config.compilation_config.static_forward_context
         own_name, own_layer = next(item for item in layers.items() if getattr(item[1], "impl", None) is self)
-        own_layer.attn_backend = self._engine.backend
+        own_layer.attn_backend = own_layer.attn_backend.bound_to(self._engine)
         bound: dict[str, torch.Tensor] = {}
         expected = [own_name]
 

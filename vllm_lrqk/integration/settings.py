@@ -1,7 +1,6 @@
 """One engine's method and host memory: settled once, and handed on with vLLM's configuration to every process."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ class HostPlan:
         return self.memory_bytes // self.page_bytes
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Engine:
     """What an engine was started with.
 
@@ -45,16 +44,6 @@ class Engine:
         """What a layer of the model needs."""
         model = vllm_config.model_config
         return self.method.plan(model.get_head_size(), model.dtype)
-
-    @cached_property
-    def backend(self) -> type:
-        """The attention backend of this engine's layers, in this process."""
-        from vllm_lrqk.integration.backend import backend_of
-
-        return backend_of(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"method": self.method, "host": self.host}
 
 
 class EngineSettings(dict):

@@ -14,7 +14,7 @@ from vllm_lrqk.core.selection import Selection, candidate_range, heaviest
 from vllm_lrqk.core.step import build_step
 from vllm_lrqk.methods.lrqk.cpu_decoders import TALLIES, InPlaceDecoder
 from vllm_lrqk.methods.lrqk.cuda_select import check_config
-from vllm_lrqk.methods.lrqk.kernels import force_kernels, kernels_for
+from vllm_lrqk.methods.lrqk.dispatch import force_kernels, kernels_for
 from vllm_lrqk.methods.lrqk.layer import LRQKLayer
 from vllm_lrqk.methods.lrqk.score import proxy_scores, select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig

@@ -14,8 +14,8 @@ from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts
 from vllm_lrqk.devices import cuda_library
 from vllm_lrqk.methods.lrqk.cpu_decoders import TALLIES, HotDecoder, InPlaceDecoder
 from vllm_lrqk.methods.lrqk.cuda_select import MAX_HEAD_SIZE, MAX_RANK, MAX_TOKENS, check_config
+from vllm_lrqk.methods.lrqk.dispatch import kernels_for
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
-from vllm_lrqk.methods.lrqk.kernels import kernels_for
 from vllm_lrqk.methods.lrqk.layer import Decoder, LRQKLayer
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
