@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -12,11 +13,12 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKDOWN = MarkdownIt("commonmark").enable("table")
-# A file of the repository, named anywhere in the text: from the root, or from the package.
-FILE = re.compile(
-    r"(?<![\w/.<>{}-])(?:(?:vllm_lrqk|csrc|tests|docs|benchmarks|examples|scripts|training)|"
-    r"(?:core|devices|methods|integration|evaluation))/[\w/.-]*\.(?:py|md|svg|png|h|cuh|cpp|cu|json)\b"
+# A file or folder of the repository, named anywhere in the text: from the root, or from the package.
+PATH = re.compile(
+    r"(?<![\w/.<>{}-])(?:vllm_lrqk|csrc|tests|docs|benchmarks|examples|scripts|training|"
+    r"core|devices|methods|integration|evaluation)/(?:[\w/.-]*\.(?:py|md|svg|png|h|cuh|cpp|cu|json)\b|(?:[\w-]+/)*(?!\w))"
 )
+PLACEHOLDER = "NAME"
 
 
 def documents() -> list[Path]:
@@ -36,7 +38,7 @@ def anchors(text: str) -> set[str]:
     """What GitHub makes of the headings of a document: `## A b, c` is `a-b-c`, the second one `a-b-c-1`."""
     tokens = MARKDOWN.parse(text)
     found: set[str] = set()
-    for heading, inline in zip(tokens, tokens[1:]):
+    for heading, inline in pairwise(tokens):
         if heading.type != "heading_open":
             continue
         title = "".join(part.content for part in inline.children or [])
@@ -66,26 +68,27 @@ def broken_links(document: Path, text: str) -> list[str]:
     return broken
 
 
-def missing_files(text: str) -> list[str]:
-    """Files that the text names and the repository does not have."""
-    names = {name.split("::")[0] for name in FILE.findall(text)}
-    return sorted(name for name in names if not ((ROOT / name).exists() or (ROOT / "vllm_lrqk" / name).exists()))
+def missing_paths(text: str) -> list[str]:
+    """Files and folders that the text names and the repository does not have."""
+    names = {name for name in PATH.findall(text) if PLACEHOLDER not in name}
+    return sorted(name for name in names if not any((root / name).exists() for root in (ROOT, ROOT / "vllm_lrqk")))
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_paths_resolve(document):
     text = document.read_text()
     assert broken_links(document, text) == []
-    assert missing_files(text) == []
+    assert missing_paths(text) == []
 
 
 def test_what_does_not_resolve_is_found():
     text = """# A b, `c`\n# A b c\n
 [ok](#a-b-c) [ok](#a-b-c-1) [ok](docs/design.md#pages) [ok](https://example.org/x#y) ![ok](docs/tiers.svg)
 [file](docs/none.md) [anchor](docs/design.md#none) [own](#none) [outside](../../etc/hosts) ![picture](docs/none.svg)
-`core/step.py` and `tests/docs/test_links.py` are there, `core/none.py` and tests/none.py are not.
+`core/step.py` and `tests/docs/test_links.py` are there, `core/none.py`, tests/none.py and `csrc/none/` are not.
+`vllm_lrqk/methods/NAME/` stands for any, `csrc/` and `tests/docs/` are there, `methods/lrqk/cpu*` is no path.
 """
     assert broken_links(ROOT / "README.md", text) == [
         *("docs/none.md", "docs/design.md#none", "#none", "../../etc/hosts", "docs/none.svg")
     ]
-    assert missing_files(text) == ["core/none.py", "docs/none.md", "docs/none.svg", "tests/none.py"]
+    assert missing_paths(text) == ["core/none.py", "csrc/none/", "docs/none.md", "docs/none.svg", "tests/none.py"]
