@@ -1,7 +1,7 @@
 """vllm-lrqk eval --attention: attention methods at equal device bytes, on captured or synthetic layers.
 
 A source is a set of the generator (s1 to s4) or a folder that an engine with `lrqk.capture` wrote. Budgets are shares
-of the bytes of all keys and values. What is measured, and how bytes are counted, is in docs/quality.md.
+of the bytes of all keys and values. What is measured, and how bytes are counted, is in docs/measurements.md.
 """
 
 import argparse
