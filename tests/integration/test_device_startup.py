@@ -24,7 +24,7 @@ CONFIG = LRQKConfig()
 
 
 def check(config: LRQKConfig, head_size: int = 128, tokens: int = 131072) -> None:
-    LRQK(config, "cuda").check(ModelFacts("some/model", head_size, tokens))
+    LRQK(config, "cuda").check(ModelFacts("some/model", head_size, 32, 8, tokens, {}))
 
 
 def vllm_config(device: str) -> Any:

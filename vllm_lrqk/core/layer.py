@@ -21,6 +21,11 @@ class LayerShape:
     """Factor of the attention scores."""
 
     @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
@@ -33,6 +38,17 @@ class LayerShape:
     def row_bytes(self) -> int:
         """Bytes of a token's query, key and value."""
         return self.row_shape[0] * self.row_shape[1] * self.torch_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where a layer is in its model, for files that hold something for each of its layers and heads."""
+
+    number: int = 0
+    """Of the attention layer in the model, from 0."""
+    rank: int = 0
+    """Of tensor parallelism: the layer has this share of the model's heads."""
+    ranks: int = 1
 
 
 @dataclass

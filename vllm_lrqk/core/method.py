@@ -1,6 +1,7 @@
 """What a method is: attention with its own settings, memory and layers, under a backend name of its own."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ import torch
 
 from vllm_lrqk.core.config import Settings
 from vllm_lrqk.core.counters import Counters
-from vllm_lrqk.core.layer import Layer, LayerMemory, LayerShape
+from vllm_lrqk.core.layer import Layer, LayerMemory, LayerPlace, LayerShape
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,13 @@ class ModelFacts:
 
     name: str
     head_size: int
+    heads: int
+    """Query heads of all ranks."""
+    kv_heads: int
+    """Key and value heads of all ranks."""
     max_model_len: int
+    config: Mapping[str, Any]
+    """Of the text model, as transformers writes it."""
 
 
 class Method(ABC):
@@ -70,8 +77,13 @@ class Method(ABC):
         """Refuse what cannot be served. Raises ConfigError: the first thing found."""
 
     @abstractmethod
-    def plan(self, head_size: int, dtype: torch.dtype) -> MemoryPlan:
-        """What a layer needs; `dtype` is that of its keys and values."""
+    def plan(self, head_size: int, dtype: torch.dtype, group: int) -> MemoryPlan:
+        """What a layer needs.
+
+        Args:
+            dtype: of its keys and values.
+            group: query heads per KV head.
+        """
 
     def make_workspace(self, shape: LayerShape, max_requests: int, max_model_len: int, device: torch.device) -> Any:
         """Memory of decode steps that all layers of one shape share; taken before vLLM profiles, so that it counts."""
@@ -81,13 +93,19 @@ class Method(ABC):
     def make_layer(
         self,
         shape: LayerShape,
+        place: LayerPlace,
         memory: LayerMemory,
         workspace: Any,
         counters: Counters,
-        index: int,
+        tallies: torch.Tensor,
         device: torch.device,
     ) -> Layer:
-        """The layer that counts in row `index` of `counters`; `workspace` as `make_workspace` gave it."""
+        """One layer.
+
+        Args:
+            workspace: as `make_workspace` gave it.
+            tallies: int64 [tallies], the layer's row of `counters.tallies`.
+        """
 
     def count(self, counts: dict[str, int], kv_heads: int, row_bytes: int) -> dict[str, int]:
         """What is reported: `counts` with what follows from them.

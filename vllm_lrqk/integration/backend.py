@@ -52,7 +52,7 @@ class MethodBackend(BackendBase):
             raise ConfigError(
                 f"{cls.method} serves full attention with equal key and value sizes, this layer has {spec}."
             )
-        plan = cls.engine.method.plan(spec.head_size, spec.dtype)
+        plan = cls.engine.method.plan(spec.head_size, spec.dtype, cls.engine.group)
         make = page_spec if plan.is_paged else request_spec
         return make(plan, spec.num_kv_heads, spec.head_size, cls.engine.num_host_pages)
 

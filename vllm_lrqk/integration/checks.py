@@ -48,7 +48,9 @@ def check_model(vllm_config: Any, chosen: Method) -> None:
     if chosen.settings.capture is not None:
         _check_capture(vllm_config, f"{chosen.settings.key}.capture", chosen.settings.capture)
     _check_engine(vllm_config, method)
-    chosen.check(ModelFacts(name, model.get_head_size(), model.max_model_len))
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    heads = model.get_num_attention_heads(vllm_config.parallel_config) * ranks, model.get_total_num_kv_heads()
+    chosen.check(ModelFacts(name, model.get_head_size(), *heads, model.max_model_len, text.to_dict()))
 
 
 def _check_capture(vllm_config: Any, field: str, folder: str) -> None:

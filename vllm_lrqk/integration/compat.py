@@ -127,6 +127,13 @@ def on_kv_cache_bound(layer: Any, callback: Callable[[Any], None]) -> None:
     layer.bind_kv_cache = bind_kv_cache
 
 
+def layer_number(name: str) -> int:
+    """Number of an attention layer in its model, from 0 (0.32)."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(name)
+
+
 def forward_metadata(layer_name: str) -> Any:
     """Attention metadata of another layer in the current forward pass (0.32)."""
     from vllm.forward_context import get_forward_context

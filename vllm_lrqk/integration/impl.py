@@ -8,7 +8,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lrqk.core.capture import LayerCapture
-from vllm_lrqk.core.layer import Layer, LayerShape
+from vllm_lrqk.core.layer import Layer, LayerPlace, LayerShape
 from vllm_lrqk.core.step import Step
 from vllm_lrqk.integration import compat
 from vllm_lrqk.integration.checks import check_layer
@@ -72,12 +72,14 @@ class MethodImpl(AttentionImpl):
             if len(bound) == len(expected):
                 assert self.worker is not None
                 companion = None if self.companion_name is None else bound[self.companion_name]
-                self.layer = self.worker.create_layer(self.shape, bound[own_name], companion, self.workspace)
+                self.layer = self.worker.create_layer(
+                    self.shape, self._place(own_name), bound[own_name], companion, self.workspace
+                )
                 self.capture = self.worker.create_capture(own_name, self.shape)
                 bound.clear()  # vLLM binds once for profiling and once for good
 
         compat.on_kv_cache_bound(own_layer, partial(on_bound, own_name))
-        plan = self._engine.method.plan(self.head_size, self.shape.torch_dtype)
+        plan = self._engine.method.plan(self.head_size, self.shape.torch_dtype, self.shape.group)
         self._owns_requests = not plan.is_paged
         if plan.is_paged and plan.blocks_per_request:
             self.companion_name = f"{own_name}.lrqk_request_blocks"
@@ -85,6 +87,11 @@ class MethodImpl(AttentionImpl):
             companion = layers[self.companion_name] = CompanionLayer(self.num_kv_heads, self.head_size)
             compat.on_kv_cache_bound(companion, partial(on_bound, self.companion_name))
         self.workspace = self._shared_workspace(layers)
+
+    def _place(self, name: str) -> LayerPlace:
+        parallel = self._vllm_config.parallel_config
+        ranks = parallel.tensor_parallel_size
+        return LayerPlace(compat.layer_number(name), parallel.rank % ranks, ranks)
 
     def _shared_workspace(self, layers: dict[str, Any]) -> Any:
         """The workspace of the other layers of this worker that have this layer's shape, or a new one."""

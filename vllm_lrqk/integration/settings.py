@@ -33,6 +33,8 @@ class Engine:
     """
 
     method: Method
+    group: int
+    """Query heads per KV head."""
     host: HostPlan | None = None
 
     @property
@@ -43,7 +45,7 @@ class Engine:
     def plan(self, vllm_config: Any) -> MemoryPlan:
         """What a layer of the model needs."""
         model = vllm_config.model_config
-        return self.method.plan(model.get_head_size(), model.dtype)
+        return self.method.plan(model.get_head_size(), model.dtype, self.group)
 
 
 class EngineSettings(dict):
@@ -87,7 +89,7 @@ def misplaced_settings(additional: Any) -> list[str]:
 def host_plan(method: Method, vllm_config: Any) -> HostPlan | None:
     """The host tier of one rank: what the settings ask for, or a share of what is free; None if it has none."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    plan = method.plan(model.get_head_size(), model.dtype)
+    plan = method.plan(model.get_head_size(), model.dtype, model_group(vllm_config))
     if not plan.host_bytes_per_token:
         return None
     ranks = max(1, parallel.world_size // max(1, parallel.nnodes))
@@ -96,6 +98,12 @@ def host_plan(method: Method, vllm_config: Any) -> HostPlan | None:
     heads, layers = model.get_num_kv_heads(parallel), num_layers(vllm_config)
     page_bytes = host_page_bytes(plan.block_size, heads, model.get_head_size(), model.dtype, layers)
     return HostPlan(memory // ranks, page_bytes)
+
+
+def model_group(vllm_config: Any) -> int:
+    """Query heads per KV head of one rank."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
 
 
 def num_layers(vllm_config: Any) -> int:

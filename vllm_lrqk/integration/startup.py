@@ -16,6 +16,7 @@ from vllm_lrqk.integration.settings import (
     host_plan,
     make_method,
     misplaced_settings,
+    model_group,
     num_layers,
 )
 from vllm_lrqk.methods import METHODS
@@ -58,7 +59,8 @@ def prepare(vllm_config: Any) -> None:
     check_model(vllm_config, method)
     _warn_untested_version()
 
-    plan = method.plan(model.get_head_size(), model.dtype)
+    group = model_group(vllm_config)
+    plan = method.plan(model.get_head_size(), model.dtype, group)
     if cache.user_specified_block_size and cache.block_size != plan.block_size:
         raise ConfigError(
             f"--block-size is {cache.block_size}, but {method.block_size_setting} is {plan.block_size}: "
@@ -66,9 +68,13 @@ def prepare(vllm_config: Any) -> None:
         )
     cache.block_size, cache.user_specified_block_size = plan.block_size, True
 
+    if not plan.is_paged and cache.enable_prefix_caching:
+        logger.warning_once("%s keeps one memory per request, so prefix caching is switched off.", name)
+        cache.enable_prefix_caching = False
+
     engine = getattr(additional, "engine", None)  # of this configuration before vLLM copied it
     if engine is None:
-        engine = Engine(method, host_plan(method, vllm_config))
+        engine = Engine(method, group, host_plan(method, vllm_config))
         if vllm_config.device_config.device_type != "cpu" and method.host_memory_gib is not None:
             field = f"{method.settings.key}.host_memory_gib"
             check_pinned_share(int(method.host_memory_gib * GIB), free_host_memory(), field)

@@ -12,7 +12,7 @@ from vllm_lrqk import devices
 from vllm_lrqk.core.capture import LayerCapture
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.host_pages import allocate_host_pages
-from vllm_lrqk.core.layer import Layer, LayerMemory, LayerShape
+from vllm_lrqk.core.layer import Layer, LayerMemory, LayerPlace, LayerShape
 from vllm_lrqk.core.step import Step, filled_pages
 from vllm_lrqk.devices.pinned import PinnedMemory, device_address, release_all, released_with
 from vllm_lrqk.integration import compat
@@ -35,7 +35,7 @@ class Worker:
         self.layers: list[Layer] = []
         self.pages_in_use = 0
         self._spec, self._device = spec, device
-        self._plan = self.engine.method.plan(spec.head_size, kv_dtype(vllm_config))
+        self._plan = self.engine.method.plan(spec.head_size, kv_dtype(vllm_config), self.engine.group)
         self._impls = [vllm_config.compilation_config.static_forward_context[name].impl for name in layer_names]
         self._num_layers = len(layer_names)
         self.counters = Counters(self.engine.method.tallies, len(layer_names), device)
@@ -49,7 +49,12 @@ class Worker:
             compat.release_at_worker_shutdown(self)
 
     def create_layer(
-        self, shape: LayerShape, blocks: torch.Tensor, companion: torch.Tensor | None, workspace: Any
+        self,
+        shape: LayerShape,
+        place: LayerPlace,
+        blocks: torch.Tensor,
+        companion: torch.Tensor | None,
+        workspace: Any,
     ) -> Layer:
         """Join a layer's host pages with the tensors that vLLM allocated.
 
@@ -62,8 +67,8 @@ class Worker:
         other = None if companion is None else companion.view(torch.uint8).flatten(2)
         host = self._host_pages(shape, len(own))
         memory = LayerMemory(own, other, host) if self._plan.is_paged else LayerMemory(None, own, host)
-        method, index = self.engine.method, len(self.layers)
-        layer = method.make_layer(shape, memory, workspace, self.counters, index, self._device)
+        tallies, rest = self.counters.tallies[len(self.layers)], (workspace, self.counters)
+        layer = self.engine.method.make_layer(shape, place, memory, *rest, tallies, self._device)
         self.layers.append(layer)
         if len(self.layers) == self._num_layers:
             self.layers[0].warm_up()

@@ -7,7 +7,7 @@ import torch
 
 from vllm_lrqk.core.config import ConfigError, Settings
 from vllm_lrqk.core.counters import Counters
-from vllm_lrqk.core.layer import Layer, LayerMemory, LayerShape
+from vllm_lrqk.core.layer import Layer, LayerMemory, LayerPlace, LayerShape
 from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts
 from vllm_lrqk.core.step import PrefillChunk, Step
 
@@ -30,22 +30,23 @@ class Toy(Method):
         if model.max_model_len > self.settings.longest:
             raise ConfigError(f"toy.longest is {self.settings.longest}, but --max-model-len is larger: raise it.")
 
-    def plan(self, head_size: int, dtype: torch.dtype) -> MemoryPlan:
+    def plan(self, head_size: int, dtype: torch.dtype, group: int) -> MemoryPlan:
         return MemoryPlan(self.settings.block_size, 2 * head_size * dtype.itemsize, is_paged=True)
 
     def make_layer(
         self,
         shape: LayerShape,
+        place: LayerPlace,
         memory: LayerMemory,
         workspace: Any,
         counters: Counters,
-        index: int,
+        tallies: torch.Tensor,
         device: torch.device,
     ) -> Layer:
         assert memory.blocks is not None
         rows = memory.blocks.view(shape.torch_dtype)
         rows = rows.unflatten(-1, (self.settings.block_size, 2, shape.head_size))
-        return ToyLayer(rows, shape.scale, counters.tallies[index])
+        return ToyLayer(rows, shape.scale, tallies)
 
 
 class ToyLayer(Layer):

@@ -9,7 +9,7 @@ from vllm_lrqk import devices
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.hot_rows import HotCache, HotFormat
-from vllm_lrqk.core.layer import LayerMemory, LayerShape
+from vllm_lrqk.core.layer import LayerMemory, LayerPlace, LayerShape
 from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts
 from vllm_lrqk.devices import cuda_library
 from vllm_lrqk.methods.lrqk.cpu_decoders import TALLIES, HotDecoder, InPlaceDecoder
@@ -74,7 +74,7 @@ class LRQK(Method):
                 f"{MAX_TOKENS - config.page_size} tokens at most: lower it."
             )
 
-    def plan(self, head_size: int, dtype: torch.dtype) -> MemoryPlan:
+    def plan(self, head_size: int, dtype: torch.dtype, group: int) -> MemoryPlan:
         config = self.settings
         hot_blocks = self.hot_format(head_size, dtype).blocks_for(config.num_hot_rows)
         return MemoryPlan(
@@ -102,17 +102,18 @@ class LRQK(Method):
     def make_layer(
         self,
         shape: LayerShape,
+        place: LayerPlace,
         memory: LayerMemory,
         workspace: Any,
         counters: Counters,
-        index: int,
+        tallies: torch.Tensor,
         device: torch.device,
     ) -> LRQKLayer:
         assert memory.blocks is not None
         assert memory.host is not None
         factors = FactorPages(memory.blocks, PageFormat.from_config(self.settings, shape.head_size))
         layer = partial(LRQKLayer, factors, memory.host, scale=shape.scale, config=self.settings, counters=counters)
-        tallies, hot_format = counters.tallies[index], self.hot_format(shape.head_size, shape.torch_dtype)
+        hot_format = self.hot_format(shape.head_size, shape.torch_dtype)
         operators = devices.cuda_operators(device)
         if operators is not None:
             from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
