@@ -112,11 +112,11 @@ class Bench:
         row["select_bandwidth_share"] = share
         row["attend_ms"] = self.milliseconds(step.attend)
         for rate in self.miss_rates:
-            row[f"resolve_ms {rate:g}"] = self.milliseconds(step.locate, lambda rate=rate: step.forget(rate))
+            row[f"resolve_ms {rate:g}"] = self.milliseconds(step.resolve, lambda rate=rate: step.forget(rate))
 
             def prepare(rate: float = rate) -> None:
                 step.forget(rate)
-                step.locate()
+                step.resolve()
 
             row[f"fetch_ms {rate:g}"] = fetch = self.milliseconds(step.fetch, prepare)
             missed = int(step.resolved.miss_count.sum()) * step.hot.format.row_bytes
@@ -179,14 +179,14 @@ class StepUnderTest:
     def run(self) -> None:
         w = self.w
         self.selection = self.path.step(
-            w.query, w.key, w.value, w.slots, w.host, w.factors, self.hot, w.block_table, self.hot_blocks,
+            w.query, w.key, w.value, w.slot_mapping, w.host, w.factors, self.hot, w.block_table, self.hot_blocks,
             w.seq_lens, w.scale, self.output,
         )  # fmt: skip
 
-    def locate(self) -> None:
+    def resolve(self) -> None:
         w = self.w
         page_size = w.config.page_size
-        self.hot.locate(self.selection.rows, w.block_table, w.seq_lens, self.hot_blocks, page_size, self.resolved)
+        self.hot.resolve(self.selection.rows, w.block_table, w.seq_lens, self.hot_blocks, page_size, self.resolved)
 
     def fetch(self) -> None:
         self.hot.fetch(self.w.host, self.w.key, self.w.value, self.resolved)

@@ -41,8 +41,8 @@ def chunked(
     for end in ends:
         chunk = slice(start, end)
         position = torch.arange(start, end)
-        slots = pages.long()[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
-        append_rows(key[chunk], value[chunk], host, slots)
+        slot_mapping = pages.long()[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+        append_rows(key[chunk], value[chunk], host, slot_mapping)
         scale = query.shape[-1] ** -0.5
         prefill_attention(query[chunk], key[chunk], value[chunk], host, pages, start, scale, output[chunk])
         start = end

@@ -233,9 +233,9 @@ def captured(qkv, tmp_path):
     shape = LayerShape(8, 2, 64, "bfloat16", 64**-0.5)
     capture = LayerCapture(tmp_path / "captured", "layer", shape, 10000)
     for start, end in [(0, 900), *((i, i + 1) for i in range(900, len(qkv.query)))]:
-        table, slots = torch.tensor([[7]], dtype=torch.int32), torch.arange(end - start)
+        table, slot_mapping = torch.tensor([[7]], dtype=torch.int32), torch.arange(end - start)
         lens = torch.tensor([end], dtype=torch.int32)
-        step = build_step([0, end - start], [end], table, lens, slots, 1024)
+        step = build_step([0, end - start], [end], table, lens, slot_mapping, 1024)
         capture.write(qkv.query[start:end], qkv.key[start:end], qkv.value[start:end], step)
     return tmp_path / "captured"
 

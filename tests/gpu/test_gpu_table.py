@@ -26,12 +26,12 @@ def test_is_the_table_of_cuda_devices(operators: Any, device: torch.device) -> N
 
 def test_append_rows(device: torch.device, pin: Pin) -> None:
     host = torch.full((6, 2, 16, 2, 64), torch.nan)
-    slots = torch.tensor([17, -1, 95, 32])
+    slot_mapping = torch.tensor([17, -1, 95, 32])
     wide = torch.randn(4, 3, 2, 64)
     expected = host.clone()
-    torch_ops.append_rows(wide[:, 0], wide[:, 2], expected, slots)
+    torch_ops.append_rows(wide[:, 0], wide[:, 2], expected, slot_mapping)
     there = wide.to(device)
-    cuda.kernels().append_rows(there[:, 0], there[:, 2], pin(host), slots.to(device))
+    cuda.kernels().append_rows(there[:, 0], there[:, 2], pin(host), slot_mapping.to(device))
     torch.cuda.synchronize()
     torch.testing.assert_close(host, expected, equal_nan=True, rtol=0, atol=0)
 

@@ -25,7 +25,7 @@ class DeviceStep:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    slots: torch.Tensor
+    slot_mapping: torch.Tensor
     block_table: torch.Tensor
     hot_blocks: torch.Tensor
     seq_lens: torch.Tensor
@@ -99,7 +99,7 @@ class HotDecoding:
         )
         self.step.block_table.fill_(1 << 30)  # padding's pages mean nothing
         self.step.block_table[:requests] = self.table.to(device)
-        self.step.slots.fill_(-1)
+        self.step.slot_mapping.fill_(-1)
 
     def prepare(self) -> None:
         """Draw the next tokens, append them to the CPU's pages, seal the full ones, and fill the step."""
@@ -120,7 +120,7 @@ class HotDecoding:
             self.factors.raw[filled.to(self.device)] = self.factors_cpu.raw[filled].to(self.device)
         step, count = self.step, self.requests
         step.query[:count], step.key[:count], step.value[:count] = (x.to(self.device) for x in (query, key, value))
-        step.slots[:count] = (page.long() * n + offset.long()).to(self.device)
+        step.slot_mapping[:count] = (page.long() * n + offset.long()).to(self.device)
         step.seq_lens[:count] = self.lens.int().to(self.device)
         step.output.fill_(torch.nan)
 
@@ -131,7 +131,7 @@ class HotDecoding:
             s.query,
             s.key,
             s.value,
-            s.slots,
+            s.slot_mapping,
             self.host,
             self.factors,
             self.hot,

@@ -86,7 +86,7 @@ class ServedLayers:
         self.block_table = buffer(max_requests, max_pages + 1, dtype=torch.int32)
         self.hot_table = buffer(max_requests, self.hot_blocks_per_request + 1, dtype=torch.int32)
         self.seq_lens = buffer(max_requests, dtype=torch.int32)
-        self.slots = buffer(MAX_TOKENS, dtype=torch.int64)
+        self.slot_mapping = buffer(MAX_TOKENS, dtype=torch.int64)
         self.query, self.output = buffer(MAX_TOKENS, heads, d), buffer(MAX_TOKENS, heads, d)
         self.key, self.value = buffer(MAX_TOKENS, kv_heads, d), buffer(MAX_TOKENS, kv_heads, d)
         self._filled: torch.Tensor | None = None
@@ -106,7 +106,7 @@ class ServedLayers:
     def capture(self, requests: int) -> Step:
         """The step of a graph of `requests` decode requests; all are padding until the buffers say otherwise."""
         self.seq_lens.zero_()
-        self.slots.fill_(-1)
+        self.slot_mapping.fill_(-1)
         starts = list(range(requests + 1))
         return build_step(starts, [1] * requests, *self._tables(requests), self.config.page_size)
 
@@ -127,12 +127,12 @@ class ServedLayers:
         starts = [0, *accumulate(counts)]
         total = starts[-1]
         table = torch.zeros(len(batch), self.block_table.shape[1], dtype=torch.int32)
-        slots = []
+        slot_mapping = []
         for row, (request, count) in enumerate(batch):
             for position in range(request.length, request.length + count):
                 if position % n == 0:
                     request.pages.append(self.free_pages.pop())
-                slots.append(request.pages[position // n] * n + position % n)
+                slot_mapping.append(request.pages[position // n] * n + position % n)
             request.length += count
             table[row, : len(request.pages)] = torch.tensor(request.pages)
         lens = [request.length for request, _ in batch]
@@ -143,7 +143,7 @@ class ServedLayers:
         self.answer = torch.full_like(query, torch.nan)
         if self._filled_expected is not None:
             self.expected.seal(self._filled_expected)
-        step = build_step(starts, lens, table, torch.tensor(lens).int(), torch.tensor(slots), n)
+        step = build_step(starts, lens, table, torch.tensor(lens).int(), torch.tensor(slot_mapping), n)
         self._filled_expected = filled_pages(step)
         self.expected.forward(query, key, value, step, None, self.answer)
 
@@ -153,8 +153,8 @@ class ServedLayers:
         self.hot_table.fill_(1 << 30)
         hot = torch.tensor([request.hot_blocks for request, _ in batch], dtype=torch.int32)
         self.hot_table[: len(batch), : self.hot_blocks_per_request] = hot.to(self.device)
-        self.slots.fill_(-1)
-        self.slots[:total] = torch.tensor(slots).to(self.device)
+        self.slot_mapping.fill_(-1)
+        self.slot_mapping[:total] = torch.tensor(slot_mapping).to(self.device)
         self.seq_lens.zero_()
         self.seq_lens[: len(batch)] = torch.tensor(lens).int().to(self.device)
         self.output.fill_(torch.nan)
@@ -184,7 +184,7 @@ class ServedLayers:
         return relative(self.output[: len(self.answer)].cpu(), self.answer)
 
     def _tables(self, requests: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.block_table[:requests], self.seq_lens[:requests], self.slots
+        return self.block_table[:requests], self.seq_lens[:requests], self.slot_mapping
 
     def _hot_table(self) -> torch.Tensor:
         return self.hot_table[:, : self.hot_blocks_per_request]

@@ -74,16 +74,16 @@ def _advise_huge_pages(tensor: torch.Tensor) -> None:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
 
 
-def append_rows(key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slots: torch.Tensor) -> None:
+def append_rows(key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Write new rows into the host pages.
 
     Args:
         key, value: [T, KV, d].
         host: [num_pages, KV, N, 2, d].
-        slots: int64 [T], page id * N + offset; a negative slot is skipped.
+        slot_mapping: int64 [T], page id * N + offset; a negative one is skipped.
     """
-    keep = slots >= 0
+    keep = slot_mapping >= 0
     if not bool(keep.all()):
-        key, value, slots = key[keep], value[keep], slots[keep]
-    page, offset = slots // host.shape[2], slots % host.shape[2]
+        key, value, slot_mapping = key[keep], value[keep], slot_mapping[keep]
+    page, offset = slot_mapping // host.shape[2], slot_mapping % host.shape[2]
     host[page, :, offset] = torch.stack([key, value], 2)

@@ -29,7 +29,7 @@ class Selection:
     """What one decode step attends to."""
 
     rows: torch.Tensor
-    """int32 [B, KV, R], token positions attended exactly; -1 fills unused places, which may be anywhere."""
+    """int32 [B, KV, R], token positions attended exactly; -1 fills unused capacity, which may be anywhere."""
     residual: torch.Tensor | None
     """float32 [B, H, P], log of the summed exp(proxy score) of the page's unattended candidates; -inf where none."""
     residual_factor: torch.Tensor | None = None
@@ -59,11 +59,11 @@ def heaviest(weight: torch.Tensor, group: int, budget: Budget) -> tuple[torch.Te
     Returns:
         int64 and bool [B, KV, min(top_k, T)], token positions in any order.
     """
-    places = min(budget.top_k, weight.shape[-1])
+    capacity = min(budget.top_k, weight.shape[-1])
     if budget.top_p == 1:
-        top = weight.topk(places, dim=-1, sorted=False)
+        top = weight.topk(capacity, dim=-1, sorted=False)
         return top.indices, top.values >= 0
-    values, tokens = (x[..., :places] for x in weight.sort(dim=-1, descending=True, stable=True))
+    values, tokens = (x[..., :capacity] for x in weight.sort(dim=-1, descending=True, stable=True))
     before = values.clamp_min(0).cumsum(-1) - values
     return tokens, (values >= 0) & (before < budget.top_p * group)
 

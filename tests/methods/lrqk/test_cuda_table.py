@@ -80,12 +80,12 @@ def test_decode_attention_with_residual(kernels: Kernels, residual: str) -> None
 
 def test_append_rows(kernels: Kernels) -> None:
     host = torch.full((6, 2, 16, 2, 32), torch.nan)
-    slots = torch.tensor([17, -1, 95, 32])
+    slot_mapping = torch.tensor([17, -1, 95, 32])
     wide = torch.randn(4, 3, 2, 32)  # key and value as vLLM hands them over: slices of one projection
     key, value = wide[:, 0], wide[:, 2]
     expected = host.clone()
-    torch_kernels().append_rows(key, value, expected, slots)
-    kernels.append_rows(key, value, host, slots)
+    torch_kernels().append_rows(key, value, expected, slot_mapping)
+    kernels.append_rows(key, value, host, slot_mapping)
     torch.testing.assert_close(host, expected, equal_nan=True, rtol=0, atol=0)
 
 

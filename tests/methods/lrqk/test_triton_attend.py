@@ -114,6 +114,6 @@ def test_huge_scores(residual: str) -> None:
 
 
 def test_splits_fill_the_device_and_have_work() -> None:
-    assert triton_attend.num_splits(items=8, places=2372, multiprocessors=132) == 33
-    assert triton_attend.num_splits(items=8, places=100, multiprocessors=132) == 2
-    assert triton_attend.num_splits(items=1000, places=2372, multiprocessors=132) == 1
+    assert triton_attend.num_splits(items=8, capacity=2372, multiprocessors=132) == 33
+    assert triton_attend.num_splits(items=8, capacity=100, multiprocessors=132) == 2
+    assert triton_attend.num_splits(items=1000, capacity=2372, multiprocessors=132) == 1

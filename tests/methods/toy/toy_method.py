@@ -56,8 +56,8 @@ class ToyLayer(Layer):
         self.rows, self.scale, self.tallies = rows, scale, tallies
 
     def append(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
-        slots, size = step.slot_mapping, self.rows.shape[2]
-        self.rows[slots // size, :, slots % size] = torch.stack([key, value], 2)
+        slot_mapping, size = step.slot_mapping, self.rows.shape[2]
+        self.rows[slot_mapping // size, :, slot_mapping % size] = torch.stack([key, value], 2)
 
     def prefill(
         self,
