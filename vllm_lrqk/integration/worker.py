@@ -81,6 +81,8 @@ class Worker:
         if self.engine.num_host_pages is None:
             return None
         num_pages = min(num_blocks, self.engine.num_host_pages)
+        if self._device.type == "cuda" and self.vllm_config.cache_config.num_gpu_blocks is None:
+            num_pages = min(num_pages, 2)  # vLLM profiles graphs, whose steps write to no page but the null block's
         host = allocate_host_pages(num_pages, shape.kv_heads, self._plan.block_size, shape.head_size, shape.torch_dtype)
         if self._device.type == "cuda":
             self._pinned.append(PinnedMemory(host, torch.cuda.cudart()))
