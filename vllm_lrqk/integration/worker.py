@@ -45,8 +45,7 @@ class Worker:
         self._world_size = vllm_config.parallel_config.world_size
         self._logged, self._logged_at = self._count(self.counters.wait()), time.monotonic()
         self._interval = float(os.environ.get("VLLM_LOG_STATS_INTERVAL", "10"))
-        if device.type == "cuda":
-            compat.release_at_worker_shutdown(self)
+        compat.release_at_worker_shutdown(self)
 
     def create_layer(
         self,
