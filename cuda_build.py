@@ -15,12 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 LIBRARY = "vllm_lrqk._cuda_kernels"
-SOURCES = [
-    f"csrc/cuda/{name}.cu" for name in ("score", "weigh", "collect", "emit", "moment", "select", "resolve", "copy")
-]
-BINDINGS = "csrc/cuda/bindings.cpp"
+SOURCES = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/**/*.cu"))]
+BINDINGS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/bindings/cuda*.cpp"))]
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def is_skipped() -> bool:
@@ -80,26 +78,17 @@ def build(
     objects_folder.mkdir(parents=True, exist_ok=True)
     cuda, code = toolkit(nvcc), code_flags(architectures(nvcc))
 
-    def compile_kernels(source: str) -> str:
-        target = str(objects_folder / (Path(source).stem + ".o"))
-        run(
-            [
-                nvcc,
-                *NVCC_FLAGS,
-                *code,
-                *shlex.split(os.environ.get("NVCCFLAGS", "")),
-                "-c",
-                str(ROOT / source),
-                "-o",
-                target,
-            ]
-        )
+    def compile_source(source: str) -> str:
+        target = str(objects_folder / (source.replace("/", "_") + ".o"))
+        if source in BINDINGS:
+            command = [*compiler, *flags, f"-I{cuda / 'include'}"]
+        else:
+            command = [nvcc, *NVCC_FLAGS, *code, *shlex.split(os.environ.get("NVCCFLAGS", ""))]
+        run([*command, "-c", str(ROOT / source), "-o", target])
         return target
 
-    bindings = str(objects_folder / "bindings.o")
-    run([*compiler, *flags, f"-I{cuda / 'include'}", "-c", str(ROOT / BINDINGS), "-o", bindings])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [*pool.map(compile_kernels, SOURCES), bindings]
+        objects = list(pool.map(compile_source, [*SOURCES, *BINDINGS]))
     # A CUDA runtime of its own, and hidden: torch brings another one, whose version need not be the same.
     runtime = [f"-L{cuda / 'lib64'}", "-Wl,--exclude-libs,ALL", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     library.parent.mkdir(parents=True, exist_ok=True)

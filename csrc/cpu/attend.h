@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "common.h"
+#include "cpu/common.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

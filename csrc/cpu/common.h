@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstring>
 
-#include "args.h"
+#include "cpu/args.h"
 
 // Before loops over arrays of vectors, which have to become registers.
 #define LRQK_UNROLL _Pragma("GCC unroll 16")

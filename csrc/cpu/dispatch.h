@@ -1,7 +1,7 @@
 // The kernels of each instruction set that this build has and this machine can run.
 #pragma once
 
-#include "args.h"
+#include "cpu/args.h"
 
 namespace lrqk {
 

@@ -1,7 +1,7 @@
 // The kernels of one instruction set; included once, by a file that includes its SIMD vocabulary first.
 #pragma once
 
-#include "append.h"
-#include "decode.h"
-#include "prefill.h"
-#include "seal.h"
+#include "cpu/append.h"
+#include "cpu/lrqk/decode.h"
+#include "cpu/prefill.h"
+#include "cpu/lrqk/seal.h"

@@ -1,6 +1,6 @@
-#include "simd_portable.h"
+#include "cpu/simd/portable.h"
 //
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace lrqk {
 const KernelTable kPortableKernels = {portable::decode, portable::append, portable::seal, portable::prefill, portable::W};

@@ -1,7 +1,7 @@
 // Small float32 matrix products in register tiles.
 #pragma once
 
-#include "common.h"
+#include "cpu/common.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "matmul.h"
+#include "cpu/matmul.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

@@ -1,6 +1,6 @@
 #include <cstdlib>
 
-#include "args.h"
+#include "cpu/args.h"
 
 namespace lrqk {
 

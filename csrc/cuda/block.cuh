@@ -4,8 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "args.h"
-#include "launch.cuh"
+#include "cuda/args.h"
+#include "cuda/launch.cuh"
 
 namespace lrqk::cuda {
 

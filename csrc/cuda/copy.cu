@@ -1,5 +1,5 @@
 // Rows between the host pages and the device: fetch (missing rows), append (new rows), gather (whole pages).
-#include "rows.cuh"
+#include "cuda/rows.cuh"
 
 namespace lrqk::cuda {
 namespace {

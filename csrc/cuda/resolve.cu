@@ -3,7 +3,7 @@
 // One block per (request, KV head). Live slots go into a hash table by their row; every attended row looks itself up;
 // rows that are missing get the slots that were not used for the longest time, dead ones first, and among equals the
 // first. Ages from kOldest on count as equal.
-#include "rows.cuh"
+#include "cuda/rows.cuh"
 
 namespace lrqk::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // Rows of keys and values: where they are in host pages and hot slots, and how a warp copies them.
 #pragma once
 
-#include "block.cuh"
+#include "cuda/block.cuh"
 
 namespace lrqk::cuda {
 

@@ -44,13 +44,15 @@ def test_kernels_compile_without_local_arrays(source: str, tmp_path: Path) -> No
 
 
 @needs_nvcc
-def test_bindings_compile_and_use_the_stable_abi_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", cuda_build.BINDINGS)
+def test_bindings_compile_and_use_the_stable_abi_only(source: str, tmp_path: Path) -> None:
     """No symbol of torch's C++ library: those change from version to version."""
     assert NVCC is not None
     target = tmp_path / "bindings.o"
-    include = [f"-I{cuda_build.toolkit(NVCC) / 'include'}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    packages = (cuda_build.toolkit(NVCC), Path(torch.__file__).parent)
+    include = [f"-I{ROOT / 'csrc'}", *(f"-I{folder / 'include'}" for folder in packages)]
     flags = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    subprocess.run(["g++", *flags, *include, "-c", str(ROOT / cuda_build.BINDINGS), "-o", str(target)], check=True)
+    subprocess.run(["g++", *flags, *include, "-c", str(ROOT / source), "-o", str(target)], check=True)
     undefined = subprocess.run(["nm", "-u", str(target)], capture_output=True, text=True, check=True).stdout
     assert "aoti_torch" in undefined
     assert not re.search(r"_ZN\w*(2at|3c10|5torch3jit)", undefined)

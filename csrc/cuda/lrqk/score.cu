@@ -2,9 +2,9 @@
 //
 // A warp works on one page at a time. The lanes split the head size for q X (its rank * heads sums are exchanged in a
 // butterfly), and the tokens for the scores. The block that arrives last sums over all tiles of its heads.
-#include "candidates.cuh"
-#include "factors.cuh"
-#include "select.h"
+#include "cuda/topk/candidates.cuh"
+#include "cuda/lrqk/factors.cuh"
+#include "cuda/lrqk/select.h"
 
 namespace lrqk::cuda {
 namespace {

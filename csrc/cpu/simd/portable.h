@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "args.h"
+#include "cpu/args.h"
 
 #define LRQK_ISA portable
 

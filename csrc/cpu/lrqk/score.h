@@ -1,7 +1,7 @@
 // Proxy scores of a page's tokens, s~_n = sum_j z_j A_nj, each plus an offset of its head.
 #pragma once
 
-#include "project.h"
+#include "cpu/lrqk/project.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

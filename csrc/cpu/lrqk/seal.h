@@ -1,7 +1,7 @@
 // Factorising full pages: the LRQK fit of each (page, KV head), quantised and written as a factor page.
 #pragma once
 
-#include "values.h"
+#include "cpu/lrqk/values.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "args.h"
+#include "cpu/args.h"
 
 #define LRQK_ISA avx2
 

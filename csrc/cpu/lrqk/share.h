@@ -1,7 +1,7 @@
 // Of the selected tokens as many, in order of weight, as carry the share top_p of all candidates' weight.
 #pragma once
 
-#include "choose.h"
+#include "cpu/lrqk/select.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

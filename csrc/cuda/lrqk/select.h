@@ -1,7 +1,7 @@
 // The steps of select, and how its memory is cut.
 #pragma once
 
-#include "args.h"
+#include "cuda/args.h"
 
 namespace lrqk::cuda {
 

@@ -1,7 +1,7 @@
 // The exact threshold: keys in the threshold's bin are listed, and the block that arrives last orders them by their
 // remaining digits and then by position.
-#include "candidates.cuh"
-#include "select.h"
+#include "cuda/topk/candidates.cuh"
+#include "cuda/lrqk/select.h"
 
 namespace lrqk::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // The selection itself: selected positions in order, the rows that every step attends, and what is left of each page.
 //
 // A warp works on one page; a block on kChunkTokens tokens.
-#include "candidates.cuh"
-#include "select.h"
+#include "cuda/topk/candidates.cuh"
+#include "cuda/lrqk/select.h"
 
 namespace lrqk::cuda {
 namespace {

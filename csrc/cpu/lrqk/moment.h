@@ -1,7 +1,7 @@
 // Moments of a page: the leading columns of its tokens' key factors, summed with the weights of the scan.
 #pragma once
 
-#include "score.h"
+#include "cpu/lrqk/score.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

@@ -1,7 +1,7 @@
 // Weights: each candidate's softmax weight summed over its group of heads, as ordered keys, and the bin of the first
 // digit in which the top_k-th key lies.
-#include "candidates.cuh"
-#include "select.h"
+#include "cuda/topk/candidates.cuh"
+#include "cuda/lrqk/select.h"
 
 namespace lrqk::cuda {
 namespace {

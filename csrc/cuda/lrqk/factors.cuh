@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "block.cuh"
+#include "cuda/block.cuh"
 
 namespace lrqk::cuda {
 

@@ -1,7 +1,7 @@
 // Select: its kernels, one after the other, and the scratch memory that they share.
-#include "select.h"
+#include "cuda/lrqk/select.h"
 
-#include "block.cuh"
+#include "cuda/block.cuh"
 
 namespace lrqk::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // The top-k of an item by the softmax weights of the scan, summed over the query heads.
 #pragma once
 
-#include "scan.h"
+#include "cpu/lrqk/scan.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

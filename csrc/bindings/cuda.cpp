@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "select.h"
+#include "cuda/lrqk/select.h"
 
 #ifndef LRQK_NAMESPACE
 #define LRQK_NAMESPACE vllm_lrqk

@@ -2,9 +2,9 @@
 //
 // A warp works on one page. The lanes split the tokens; their sums, columns * heads of them, are exchanged in a
 // butterfly.
-#include "candidates.cuh"
-#include "factors.cuh"
-#include "select.h"
+#include "cuda/topk/candidates.cuh"
+#include "cuda/lrqk/factors.cuh"
+#include "cuda/lrqk/select.h"
 
 namespace lrqk::cuda {
 namespace {

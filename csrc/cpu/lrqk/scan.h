@@ -1,8 +1,8 @@
 // The scan over all pages of an item: exponentials of the scores, page sums and log-sum-exps.
 #pragma once
 
-#include "moment.h"
-#include "select.h"
+#include "cpu/lrqk/moment.h"
+#include "cpu/lrqk/prepare.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

@@ -1,8 +1,8 @@
 // What one item attends. The steps by range may run in parallel; the others join the ranges.
 #pragma once
 
-#include "item.h"
-#include "top_k.h"
+#include "cpu/lrqk/item.h"
+#include "cpu/top_k.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

@@ -1,7 +1,7 @@
 // Which tokens one decode step chooses from, and how their scores and weights are ordered.
 #pragma once
 
-#include "block.cuh"
+#include "cuda/block.cuh"
 
 namespace lrqk::cuda {
 

@@ -4,7 +4,7 @@
 // for longer than its share is split by ranges of pages and of rows. Both ways compute the same numbers.
 #pragma once
 
-#include "share.h"
+#include "cpu/lrqk/share.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

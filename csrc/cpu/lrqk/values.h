@@ -1,7 +1,7 @@
 // Linear values of a page: values_first and value_regression of vllm_lrqk/methods/lrqk/seal.py.
 #pragma once
 
-#include "seal_page.h"
+#include "cpu/lrqk/seal_page.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

@@ -1,7 +1,7 @@
 // One (page, KV head) that is factorised: its working memory, and how its factors are quantised and written.
 #pragma once
 
-#include "fit.h"
+#include "cpu/lrqk/fit.h"
 
 namespace lrqk {
 namespace LRQK_ISA {

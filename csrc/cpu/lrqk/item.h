@@ -1,8 +1,8 @@
 // One (request, KV head) of a decode step and its working memory.
 #pragma once
 
-#include "attend.h"
-#include "score.h"
+#include "cpu/attend.h"
+#include "cpu/lrqk/score.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
