@@ -12,7 +12,7 @@ inline void append(const AppendArgs& a, const Parallel& parallel) {
   constexpr int64_t kTaskTokens = 64;
   const int64_t bytes = a.head_size * a.element_bytes;
   for_each(parallel, ceil_div(a.tokens, kTaskTokens), [&](int64_t task) {
-    for (int64_t t = task * kTaskTokens; t < smaller((task + 1) * kTaskTokens, a.tokens); ++t) {
+    for (int64_t t = task * kTaskTokens; t < min((task + 1) * kTaskTokens, a.tokens); ++t) {
       if (a.slots[t] < 0) continue;
       const int64_t page = a.slots[t] / a.page_size, offset = a.slots[t] % a.page_size;
       for (int64_t h = 0; h < a.kv_heads; ++h) {

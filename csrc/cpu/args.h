@@ -7,21 +7,9 @@
 
 #include <cstdint>
 
+#include "cpu/elements.h"
+
 namespace lrqk {
-
-enum class DType { kFloat32, kBFloat16, kFloat16 };
-
-struct bf16 {
-  uint16_t bits;
-};
-
-struct fp16 {
-  uint16_t bits;
-};
-
-struct i8 {
-  int8_t value;
-};
 
 constexpr int kMaxStride = 512;  // of a rank, rounded up to a vector
 

@@ -46,13 +46,13 @@ inline void dot_rows(const float* query, int64_t head_size, const T* const* rows
         load_pair(rows[first + row] + i, a, b);
         LRQK_UNROLL
         for (int g = 0; g < B; ++g) {
-          acc[g * kBatch + row] = fma(a, qa[g], acc[g * kBatch + row]);
-          acc[g * kBatch + row] = fma(b, qb[g], acc[g * kBatch + row]);
+          acc[g * kBatch + row] = mul_add(a, qa[g], acc[g * kBatch + row]);
+          acc[g * kBatch + row] = mul_add(b, qb[g], acc[g * kBatch + row]);
         }
       }
     }
     alignas(64) float sums[W];
-    store(sums, sum_each(acc));
+    store(sums, reduce_sum_each(acc));
     LRQK_UNROLL
     for (int g = 0; g < B; ++g) {
       std::memcpy(scores + g * kChunkRows + first, sums + g * kBatch, kBatch * sizeof(float));
@@ -70,7 +70,7 @@ inline void add_columns(const T* const* rows, const T* const* later, int64_t col
   for (int g = 0; g < B; ++g) {
     LRQK_UNROLL
     for (int i = 0; i < 2 * kPairs; ++i) {
-      acc[g][i] = mul(load(output + g * head_size + column + i * W), set1(keep[g]));
+      acc[g][i] = mul(load(output + g * head_size + column + i * W), set(keep[g]));
     }
   }
   for (int row = 0; row < count; ++row) {
@@ -81,9 +81,9 @@ inline void add_columns(const T* const* rows, const T* const* later, int64_t col
       load_pair(rows[row] + column + pair * 2 * W, a, b);
       LRQK_UNROLL
       for (int g = 0; g < B; ++g) {
-        const F weight = set1(weights[g * kChunkRows + row]);
-        acc[g][2 * pair] = fma(a, weight, acc[g][2 * pair]);
-        acc[g][2 * pair + 1] = fma(b, weight, acc[g][2 * pair + 1]);
+        const F weight = set(weights[g * kChunkRows + row]);
+        acc[g][2 * pair] = mul_add(a, weight, acc[g][2 * pair]);
+        acc[g][2 * pair + 1] = mul_add(b, weight, acc[g][2 * pair + 1]);
       }
     }
   }
@@ -127,7 +127,7 @@ inline void to_natural_order(float* output, int heads, int64_t head_size) {
 // One query head in load_pair's order, scaled for scores in units of log 2.
 template <class T>
 inline void prepare_query(const T* query, int64_t head_size, float scale, float* out) {
-  const F factor = set1(scale * kLog2e);
+  const F factor = set(scale * kLog2e);
   for (int64_t i = 0; i < head_size; i += 2 * W) {
     F a, b;
     load_pair(query + i, a, b);
@@ -153,11 +153,11 @@ inline void attend_rows(const float* query, int heads, int64_t head_size, const 
   const T* keys[2][kChunkRows];
   const T* values[kChunkRows];
   const auto find = [&](int64_t first, const T** pointers) {
-    for (int i = 0; i < kChunkRows; ++i) pointers[i] = rows(smaller(first + i, available - 1));
+    for (int i = 0; i < kChunkRows; ++i) pointers[i] = rows(min(first + i, available - 1));
   };
   if (count > 0) find(0, keys[0]);
   for (int64_t first = 0; first < count; first += kChunkRows) {
-    const int here = static_cast<int>(smaller<int64_t>(kChunkRows, count - first));
+    const int here = static_cast<int>(min<int64_t>(kChunkRows, count - first));
     const T** now = keys[first / kChunkRows % 2];
     const T** later = nullptr;
     if (first + kChunkRows < available) {
@@ -172,20 +172,20 @@ inline void attend_rows(const float* query, int heads, int64_t head_size, const 
     for (int g = 0; g < heads; ++g) {
       float* s = scores + g * kChunkRows;
       for (int i = here; i < kChunkRows; ++i) s[i] = kMasked;
-      F top = set1(out.highest[g]);
+      F top = set(out.highest[g]);
       for (int i = 0; i < kChunkRows; i += W) top = max(top, load(s + i));
-      const float highest = maximum(top);
+      const float highest = reduce_max(top);
       F total = zero();
       for (int i = 0; i < kChunkRows; i += W) {
-        const F weight = exp2(sub(load(s + i), set1(highest)));
+        const F weight = exp2(sub(load(s + i), set(highest)));
         store(s + i, weight);
         total = add(total, weight);
       }
       for (int i = here; i < kChunkRows; ++i) s[i] = 0.0f;
       alignas(64) float ratio[W];
-      store(ratio, exp2(set1(out.highest[g] - highest)));
+      store(ratio, exp2(set(out.highest[g] - highest)));
       keep[g] = ratio[0];
-      out.sum[g] = out.sum[g] * keep[g] + sum(total);
+      out.sum[g] = out.sum[g] * keep[g] + reduce_sum(total);
       out.highest[g] = highest;
     }
     add_rows(values, later, here, scores, keep, heads, head_size, out.output);
@@ -199,18 +199,18 @@ inline void merge_partials(const Partial* partials, int64_t count, int heads, in
                            int64_t head_stride, float* total) {
   for (int g = 0; g < heads; ++g) {
     float highest = kMasked;
-    for (int64_t i = 0; i < count; ++i) highest = larger(highest, partials[i].highest[g]);
+    for (int64_t i = 0; i < count; ++i) highest = max(highest, partials[i].highest[g]);
     float sum = 0.0f;
     std::memset(total, 0, head_size * sizeof(float));
     for (int64_t i = 0; i < count; ++i) {
       if (!(partials[i].sum[g] != 0.0f)) continue;
       alignas(64) float weight[W];
-      store(weight, exp2(set1(partials[i].highest[g] - highest)));
+      store(weight, exp2(set(partials[i].highest[g] - highest)));
       sum += partials[i].sum[g] * weight[0];
       const float* part = partials[i].output + g * head_size;
-      for (int64_t c = 0; c < head_size; c += W) store(total + c, fma(load(part + c), set1(weight[0]), load(total + c)));
+      for (int64_t c = 0; c < head_size; c += W) store(total + c, mul_add(load(part + c), set(weight[0]), load(total + c)));
     }
-    const F inverse = set1(sum != 0.0f ? 1.0f / sum : 0.0f);
+    const F inverse = set(sum != 0.0f ? 1.0f / sum : 0.0f);
     for (int64_t c = 0; c < head_size; c += W) store(output + g * head_stride + c, mul(load(total + c), inverse));
   }
 }

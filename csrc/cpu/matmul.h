@@ -14,8 +14,8 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const f
   F acc[kMatmulRows][2];
   LRQK_UNROLL
   for (int i = 0; i < kMatmulRows; ++i) {
-    acc[i][0] = kAdd ? mul(load(c + i * c_row), set1(keep[i])) : zero();
-    acc[i][1] = kAdd ? mul(load(c + i * c_row + W), set1(keep[i])) : zero();
+    acc[i][0] = kAdd ? mul(load(c + i * c_row), set(keep[i])) : zero();
+    acc[i][1] = kAdd ? mul(load(c + i * c_row + W), set(keep[i])) : zero();
   }
   // One pointer for four rows: with one for each, the loop would reload them.
   constexpr int kPointers = (kMatmulRows + 3) / 4;
@@ -25,9 +25,9 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const f
     const F b0 = load(b), b1 = load(b + W);
     LRQK_UNROLL
     for (int i = 0; i < kMatmulRows; ++i) {
-      const F factor = set1(rows[i / 4][i % 4 * a_row]);
-      acc[i][0] = fma(factor, b0, acc[i][0]);
-      acc[i][1] = fma(factor, b1, acc[i][1]);
+      const F factor = set(rows[i / 4][i % 4 * a_row]);
+      acc[i][0] = mul_add(factor, b0, acc[i][0]);
+      acc[i][1] = mul_add(factor, b1, acc[i][1]);
     }
     LRQK_UNROLL
     for (int i = 0; i < kPointers; ++i) {

@@ -53,11 +53,11 @@ inline void load_queries(const PrefillArgs& p, const Block& block, PrefillMemory
   const float factor = p.scale * kLog2e;
   alignas(64) float row_values[1024];
   for (int row = 0; row < block.padded_rows; ++row) {
-    const int source = smaller(row, block.rows - 1);
+    const int source = min(row, block.rows - 1);
     const int64_t token = block.first_token + source / group;
     const T* q = static_cast<const T*>(p.query) + token * p.query_token_stride +
                  (block.kv_head * group + source % group) * p.query_head_stride;
-    for (int64_t i = 0; i < p.head_size; i += W) store(row_values + i, mul(load(q + i), set1(factor)));
+    for (int64_t i = 0; i < p.head_size; i += W) store(row_values + i, mul(load(q + i), set(factor)));
     float* out = m.query + row / (2 * W) * (2 * W) * p.head_size + row % (2 * W);
     for (int64_t i = 0; i < p.head_size; ++i) out[i * 2 * W] = row_values[i];
     m.last_key[row] = static_cast<float>(token);
@@ -109,10 +109,10 @@ inline void exponentiate_tile(int count, int padded, int padded_rows, bool is_ca
   for (int row = 0; row < padded_rows; row += W) {
     float* weights = m.weights + row;
     if (is_causal) {
-      const F last_key = load(m.last_key + row), masked = set1(kMasked);
+      const F last_key = load(m.last_key + row), masked = set(kMasked);
       for (int i = 0; i < count; ++i) {
         float* w = weights + i * kWeightStride;
-        store(w, choose(last_key, set1(static_cast<float>(position + i)), load(w), masked));
+        store(w, if_then_else(ge(last_key, set(static_cast<float>(position + i))), load(w), masked));
       }
     }
     const F before = load(m.highest + row);
@@ -129,7 +129,7 @@ inline void exponentiate_tile(int count, int padded, int padded_rows, bool is_ca
     const F keep = exp2(sub(before, highest));
     store(m.highest + row, highest);
     store(m.keep + row, keep);
-    store(m.sum + row, fma(load(m.sum + row), keep, total));
+    store(m.sum + row, mul_add(load(m.sum + row), keep, total));
   }
 }
 
@@ -162,7 +162,7 @@ inline void store_output(const PrefillArgs& p, const Block& block, const Prefill
   for (int row = 0; row < block.rows; ++row) {
     T* out = static_cast<T*>(p.output) + (block.first_token + row / group) * p.output_token_stride +
              (block.kv_head * group + row % group) * p.output_head_stride;
-    const F inverse = set1(1.0f / m.sum[row]);
+    const F inverse = set(1.0f / m.sum[row]);
     for (int64_t i = 0; i < p.head_size; i += W) store(out + i, mul(load(m.output + row * p.head_size + i), inverse));
   }
 }
@@ -179,18 +179,18 @@ inline void prefill(const PrefillArgs& p, const Parallel& parallel) {
     Block block;
     block.kv_head = index % p.kv_heads;
     block.first_token = (blocks - 1 - index / p.kv_heads) * block_tokens;  // the longest first
-    block.tokens = smaller(block_tokens, p.tokens - block.first_token);
+    block.tokens = min(block_tokens, p.tokens - block.first_token);
     block.rows = static_cast<int>(block.tokens * group);
     block.padded_rows = static_cast<int>(ceil_div(block.rows, 2 * W)) * 2 * W;
     with_type(p.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       load_queries<T>(p, block, m);
       for (int64_t i = 0; i < p.context_len; i += kTileKeys) {
-        attend_tile<T>(p, block, true, i, static_cast<int>(smaller<int64_t>(kTileKeys, p.context_len - i)), m);
+        attend_tile<T>(p, block, true, i, static_cast<int>(min<int64_t>(kTileKeys, p.context_len - i)), m);
       }
       const int64_t stop = block.first_token + block.tokens;
       for (int64_t i = 0; i < stop; i += kTileKeys) {
-        attend_tile<T>(p, block, false, i, static_cast<int>(smaller<int64_t>(kTileKeys, stop - i)), m);
+        attend_tile<T>(p, block, false, i, static_cast<int>(min<int64_t>(kTileKeys, stop - i)), m);
       }
       store_output<T>(p, block, m);
     });

@@ -36,7 +36,7 @@ inline void add_linear_values(const DecodeArgs& a, const Item& item, int64_t beg
     const FactorPage page = factor_page(a, item, p);
     const float *mean = page.key_factor_mean(), *scale = page.value_scale();
     for (int first = 0; first < rank;) {
-      const int here = smaller(rank - first, kChunkRows - filled);
+      const int here = min(rank - first, kChunkRows - filled);
       for (int g = 0; g < group; ++g) {
         const float* moment = item.moment + (p * group + g) * item.value_stride + first;
         const float weight = weights[g * kChunkRows + i];
@@ -62,7 +62,7 @@ inline void attend_task(const DecodeArgs& a, Item& item, int64_t task, TaskMemor
   const Partial& out = item.partials[task];
   if (task < item.row_tasks) {
     const int32_t* rows = item.rows + task * kTaskRows;
-    const int64_t count = smaller(kTaskRows, item.num_rows - task * kTaskRows);
+    const int64_t count = min(kTaskRows, item.num_rows - task * kTaskRows);
     with_type(a.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       const T* host = static_cast<const T*>(a.host.data) + item.kv_head * a.host.head_stride;
@@ -78,18 +78,18 @@ inline void attend_task(const DecodeArgs& a, Item& item, int64_t task, TaskMemor
   }
   clear(out, group, a.head_size);
   const int64_t first = (task - item.row_tasks) * kTaskPages;
-  const int64_t begin = larger(first, item.first_page), end = smaller(first + kTaskPages, item.num_pages);
+  const int64_t begin = max(first, item.first_page), end = min(first + kTaskPages, item.num_pages);
   for (int g = 0; g < group; ++g) {
     for (int64_t p = begin; p < end; ++p) {
       if (item.page_sum[g * item.pages + p] > 0.0f) {
-        out.highest[g] = larger(out.highest[g], item.reference[g * item.pages + p]);
+        out.highest[g] = max(out.highest[g], item.reference[g * item.pages + p]);
       }
     }
     keep[g] = 1.0f;
   }
   for (int64_t p = begin; p < end; p += kChunkRows) {
     const bf16* means[kChunkRows];
-    const int here = static_cast<int>(smaller<int64_t>(kChunkRows, end - p));
+    const int here = static_cast<int>(min<int64_t>(kChunkRows, end - p));
     for (int i = 0; i < here; ++i) {
       means[i] = factor_page(a, item, p + i).value_mean();
       if (p + i + kChunkRows >= end) continue;

@@ -62,13 +62,13 @@ inline float mean_diagonal(const float* matrix, int64_t n, int64_t stride) {
 // The lower triangle l with l l' = gram + ridge, [r, r] in f.triangle.
 inline double* cholesky(const Fit& f, const float* gram) {
   const int r = f.rank;
-  const double ridge = larger<double>(f.ridge * mean_diagonal(gram, r, f.width), 1.17549435e-38);
+  const double ridge = max<double>(f.ridge * mean_diagonal(gram, r, f.width), 1.17549435e-38);
   double* l = f.triangle;
   for (int i = 0; i < r; ++i) {
     for (int j = 0; j <= i; ++j) {
       double value = gram[i * f.width + j] + (i == j ? ridge : 0.0);
       for (int k = 0; k < j; ++k) value -= l[i * r + k] * l[j * r + k];
-      l[i * r + j] = i == j ? __builtin_sqrt(larger(value, 1e-300)) : value / l[j * r + j];
+      l[i * r + j] = i == j ? __builtin_sqrt(max(value, 1e-300)) : value / l[j * r + j];
     }
   }
   return l;
@@ -108,7 +108,7 @@ inline void inner(const Fit& f, const float* a, const float* b, float* out) {
 }
 
 inline void add_scaled(const float* a, const float* b, float factor, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += W) store(out + i, fma(load(b + i), set1(factor), load(a + i)));
+  for (int64_t i = 0; i < count; i += W) store(out + i, mul_add(load(b + i), set(factor), load(a + i)));
 }
 
 // Unit vectors of the coordinates with the largest |Q| |K|.

@@ -45,15 +45,15 @@ inline void add_up_moments(const FactorPage& page, const uint32_t* weights, int 
       LRQK_UNROLL
       for (int g = 0; g < B; ++g) {
         LRQK_UNROLL
-        for (int j = 0; j < R; ++j) acc[g * R + j] = fma(factors[j], weight[g], acc[g * R + j]);
+        for (int j = 0; j < R; ++j) acc[g * R + j] = mul_add(factors[j], weight[g], acc[g * R + j]);
       }
     }
     if constexpr (B * R == W) {
       alignas(64) float sums[W];
-      store(sums, sum_each(acc));
+      store(sums, reduce_sum_each(acc));
       for (int g = 0; g < B; ++g) std::memcpy(out + g * stride + word * R, sums + g * R, R * sizeof(float));
     } else {
-      for (int i = 0; i < B * R; ++i) out[i / R * stride + word * R + i % R] = sum(acc[i]);
+      for (int i = 0; i < B * R; ++i) out[i / R * stride + word * R + i % R] = reduce_sum(acc[i]);
     }
   }
 }

@@ -44,7 +44,7 @@ struct Span {
 
 inline Span candidates_of(const DecodeArgs& a, const Item& item, int64_t page) {
   const int64_t start = page * a.page_size;
-  return {larger<int64_t>(item.first - start, 0), smaller(item.end - start, a.page_size)};
+  return {max<int64_t>(item.first - start, 0), min(item.end - start, a.page_size)};
 }
 
 template <class Visit>
@@ -59,8 +59,8 @@ inline void list_rows(const DecodeArgs&, Item& item) {
   if (!item.is_scored) {
     for (int64_t i = 0; i < count; ++i) item.rows[i] = static_cast<int32_t>(item.first + i);
   }
-  for (int64_t n = 0; n < smaller(item.first, item.seq_len); ++n) item.rows[count++] = static_cast<int32_t>(n);
-  for (int64_t n = larger(item.end, item.first); n < item.seq_len; ++n) item.rows[count++] = static_cast<int32_t>(n);
+  for (int64_t n = 0; n < min(item.first, item.seq_len); ++n) item.rows[count++] = static_cast<int32_t>(n);
+  for (int64_t n = max(item.end, item.first); n < item.seq_len; ++n) item.rows[count++] = static_cast<int32_t>(n);
   item.num_rows = count;
 }
 

@@ -18,13 +18,13 @@ struct ProxyQuery {
 inline void prepare_proxy_query(const float* query, int heads, int64_t head_size, float scale, bool is_int8,
                                 ProxyQuery& out) {
   // The largest sum of int8 times int16 products has to fit in 31 bits.
-  const float limit = smaller(32767.0f, 2147483648.0f / (127.0f * head_size) - 1.0f);
+  const float limit = min(32767.0f, 2147483648.0f / (127.0f * head_size) - 1.0f);
   for (int g = 0; g < heads; ++g) {
     const float* q = query + g * head_size;
     F top = zero();
     for (int64_t i = 0; i < head_size; i += W) top = max(top, abs(load(q + i)));
-    const float size = maximum(top);
-    const F inverse = set1(size > 1e-30f ? limit / size : 0.0f);
+    const float size = reduce_max(top);
+    const F inverse = set(size > 1e-30f ? limit / size : 0.0f);
     out.unit[g] = size / limit * scale * kLog2e;
     for (int64_t i = 0; i < head_size; i += W) store_int16(out.words + g * head_size + i, mul(load(q + i), inverse));
     for (int64_t i = 0; !is_int8 && i < head_size; i += 2 * W) {
@@ -97,11 +97,11 @@ inline void project_int8(const FactorPage& page, const ProxyQuery& query, int g0
   for (int j = 0; j < count; ++j) {
     I sums[B];
     LRQK_UNROLL
-    for (int g = 0; g < B; ++g) sums[g] = int_zero();
+    for (int g = 0; g < B; ++g) sums[g] = zero_int();
     fetcher.step();
     LRQK_UNROLL
     for (int64_t i = 0; i < blocks; ++i) {
-      const I wide = widen_bytes(x + j * head_size + i * 2 * W);
+      const I wide = widen_8(x + j * head_size + i * 2 * W);
       LRQK_UNROLL
       for (int g = 0; g < B; ++g) {
         sums[g] = dot(sums[g], wide, kFitsRegisters ? words[g][i] : load_words(q + g * head_size + i * 2 * W));
@@ -111,10 +111,10 @@ inline void project_int8(const FactorPage& page, const ProxyQuery& query, int g0
     for (int g = 0; g < B; ++g) acc[g][j] = sums[g];
   }
   for (int j = count; j < W; ++j) {
-    for (int g = 0; g < B; ++g) acc[g][j] = int_zero();
+    for (int g = 0; g < B; ++g) acc[g][j] = zero_int();
   }
   LRQK_UNROLL
-  for (int g = 0; g < B; ++g) z[g] = mul(to_float(sum_each(acc[g])), set1(query.unit[g0 + g]));
+  for (int g = 0; g < B; ++g) z[g] = mul(to_float(reduce_sum_each(acc[g])), set(query.unit[g0 + g]));
 }
 
 // The same with bfloat16 factors.
@@ -135,8 +135,8 @@ inline void project_bf16(const FactorPage& page, const ProxyQuery& query, int g0
         load_pair(x + j * head_size + i, a, b);
         LRQK_UNROLL
         for (int g = 0; g < B; ++g) {
-          sums[g] = fma(a, load(q + g * head_size + i), sums[g]);
-          sums[g] = fma(b, load(q + g * head_size + i + W), sums[g]);
+          sums[g] = mul_add(a, load(q + g * head_size + i), sums[g]);
+          sums[g] = mul_add(b, load(q + g * head_size + i + W), sums[g]);
         }
       }
     }
@@ -144,7 +144,7 @@ inline void project_bf16(const FactorPage& page, const ProxyQuery& query, int g0
     for (int g = 0; g < B; ++g) acc[g][j] = sums[g];
   }
   LRQK_UNROLL
-  for (int g = 0; g < B; ++g) z[g] = sum_each(acc[g]);
+  for (int g = 0; g < B; ++g) z[g] = reduce_sum_each(acc[g]);
 }
 
 template <int B>
@@ -159,7 +159,7 @@ inline void project(const FactorPage& page, const ProxyQuery& query, int g0, int
     largest[g] = zero();
   }
   for (int first = 0; first < rank; first += W) {
-    const int count = smaller(rank - first, W);
+    const int count = min(rank - first, W);
     alignas(64) float scale[W] = {};
     std::memcpy(scale, page.scale() + first, count * sizeof(float));
     F z[B];
@@ -178,8 +178,8 @@ inline void project(const FactorPage& page, const ProxyQuery& query, int g0, int
   for (int g = 0; g < B; ++g) {
     out.unit[g0 + g] = 1.0f;
     if (!is_int8) continue;
-    const float size = maximum(largest[g]);
-    const F inverse = set1(size > 1e-30f ? 32767.0f / size : 0.0f);
+    const float size = reduce_max(largest[g]);
+    const F inverse = set(size > 1e-30f ? 32767.0f / size : 0.0f);
     out.unit[g0 + g] = size / 32767.0f;
     for (int j = 0; j < rank; j += W) {
       store_pair_words(out.words + (g0 + g) * out.stride + j, mul(load(values[g] + j), inverse));

@@ -23,7 +23,7 @@ struct Running {
     for (int g = 0; g < group; g += W) {
       const F before = load(highest + g), now = load(reference + g), top = max(before, now);
       const F kept = mul(load(sum + g), exp2(sub(before, top)));
-      store(sum + g, fma(load(page_sum + g), exp2(sub(now, top)), kept));
+      store(sum + g, mul_add(load(page_sum + g), exp2(sub(now, top)), kept));
       store(highest + g, top);
     }
   }
@@ -32,6 +32,7 @@ struct Running {
   float log_sum(int g) const {
     const uint32_t bits = bits_of(sum[g]);
     const float m = float_of((bits & 0x7fffff) | 0x3f800000);
+    // The minimax polynomial of log2 on [1, 2).
     const float log_m = -2.5128543f + m * (4.0700899f + m * (-2.1206742f + m * (0.64514193f - m * 0.081615735f)));
     return highest[g] + static_cast<float>(static_cast<int32_t>(bits >> 23) - 127) + log_m;
   }
@@ -67,7 +68,7 @@ inline void weigh_page(const FactorPage& page, const Projected& z, int pairs, in
   constexpr int V = kVectorsTogether;
   F offset[B], total[B];
   for (int g = 0; g < B; ++g) {
-    offset[g] = set1(-reference[g]);
+    offset[g] = set(-reference[g]);
     total[g] = zero();
   }
   weights += g0 / 2 * W;
@@ -80,7 +81,7 @@ inline void weigh_page(const FactorPage& page, const Projected& z, int pairs, in
     weigh_vectors<B, 1, kIsInt8, kIsEdge>(page, z, pairs, g0, page_size, n, offset, valid, fetcher,
                                           weights + n * pairs, total);
   }
-  for (int g = 0; g < B; ++g) totals[g] = sum(total[g]);
+  for (int g = 0; g < B; ++g) totals[g] = reduce_sum(total[g]);
 }
 
 template <int B, bool kIsInt8>
@@ -89,17 +90,17 @@ inline void highest_scores(const FactorPage& page, const Projected& z, int g0, i
   F top[B], scores[1][B], offset[B];
   Fetcher idle(nullptr, 0);
   for (int g = 0; g < B; ++g) {
-    top[g] = set1(kMasked);
+    top[g] = set(kMasked);
     offset[g] = zero();
   }
   for (int64_t n = 0; n < page_size; n += W) {
     score_vectors<B, 1, kIsInt8>(page, z, g0, page_size, n, offset, idle, scores);
     for (int g = 0; g < B; ++g) {
-      const F score = valid ? choose(load(valid + n), set1(0.5f), scores[0][g], set1(kMasked)) : scores[0][g];
+      const F score = valid ? if_then_else(ge(load(valid + n), set(0.5f)), scores[0][g], set(kMasked)) : scores[0][g];
       top[g] = max(top[g], score);
     }
   }
-  for (int g = 0; g < B; ++g) highest[g] = maximum(top[g]);
+  for (int g = 0; g < B; ++g) highest[g] = reduce_max(top[g]);
 }
 
 inline void scan_page(const DecodeArgs& a, Item& item, int64_t p, int64_t range, const uint8_t* next,
@@ -154,8 +155,8 @@ inline void scan_page(const DecodeArgs& a, Item& item, int64_t p, int64_t range,
 
 inline void scan_range(const DecodeArgs& a, Item& item, int64_t range) {
   Running running(static_cast<int>(a.heads / a.kv_heads));
-  const int64_t stop = smaller(item.num_pages, (range + 1) * item.range_pages);
-  for (int64_t p = larger(range * item.range_pages, item.first_page); p < stop; ++p) {
+  const int64_t stop = min(item.num_pages, (range + 1) * item.range_pages);
+  for (int64_t p = max(range * item.range_pages, item.first_page); p < stop; ++p) {
     scan_page(a, item, p, range, p + 1 < stop ? factor_page(a, item, p + 1).data : nullptr, running);
   }
 }
@@ -166,12 +167,12 @@ inline void normalize(const DecodeArgs& a, Item& item) {
   for (int64_t g = 0; g < group; ++g) {
     const float* sums = item.page_sum + g * item.pages;
     const float* reference = item.reference + g * item.pages;
-    F top = set1(kMasked);
+    F top = set(kMasked);
     for (int64_t p = 0; p < item.pages; p += W) top = max(top, load(reference + p));
-    top = set1(maximum(top));
+    top = set(reduce_max(top));
     F total = zero();
-    for (int64_t p = 0; p < item.pages; p += W) total = fma(load(sums + p), exp2(sub(load(reference + p), top)), total);
-    const F inverse = set1(1.0f / sum(total));
+    for (int64_t p = 0; p < item.pages; p += W) total = mul_add(load(sums + p), exp2(sub(load(reference + p), top)), total);
+    const F inverse = set(1.0f / reduce_sum(total));
     for (int64_t p = 0; p < item.pages; p += W) {
       store(item.coefficient + g * item.pages + p, mul(inverse, exp2(sub(load(reference + p), top))));
     }

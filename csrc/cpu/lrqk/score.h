@@ -16,7 +16,7 @@ inline void score_int8(const FactorPage& page, const Projected& z, int g0, int64
   for (int g = 0; g < B; ++g) {
     words[g] = z.words + (g0 + g) * z.stride;
     LRQK_UNROLL
-    for (int v = 0; v < V; ++v) acc[v][g] = int_zero();
+    for (int v = 0; v < V; ++v) acc[v][g] = zero_int();
   }
   for (int j = 0; j < page.layout->rank; j += 4) {
     fetcher.step();
@@ -29,7 +29,7 @@ inline void score_int8(const FactorPage& page, const Projected& z, int g0, int64
     }
     LRQK_UNROLL
     for (int g = 0; g < B; ++g) {
-      const I q_even = broadcast_word(words[g] + j), q_odd = broadcast_word(words[g] + j + 1);
+      const I q_even = set_int(words[g][j]), q_odd = set_int(words[g][j + 1]);
       LRQK_UNROLL
       for (int v = 0; v < V; ++v) acc[v][g] = dot(dot(acc[v][g], even[v], q_even), odd[v], q_odd);
     }
@@ -37,7 +37,7 @@ inline void score_int8(const FactorPage& page, const Projected& z, int g0, int64
   LRQK_UNROLL
   for (int v = 0; v < V; ++v) {
     LRQK_UNROLL
-    for (int g = 0; g < B; ++g) scores[v][g] = fma(to_float(acc[v][g]), set1(z.unit[g0 + g]), offset[g]);
+    for (int g = 0; g < B; ++g) scores[v][g] = mul_add(to_float(acc[v][g]), set(z.unit[g0 + g]), offset[g]);
   }
 }
 
@@ -60,7 +60,7 @@ inline void score_bf16(const FactorPage& page, const Projected& z, int g0, int64
       LRQK_UNROLL
       for (int g = 0; g < B; ++g) {
         const float* q = z.values() + (g0 + g) * z.stride + j;
-        scores[v][g] = fma(odd, set1(q[1]), fma(even, set1(q[0]), scores[v][g]));
+        scores[v][g] = mul_add(odd, set(q[1]), mul_add(even, set(q[0]), scores[v][g]));
       }
     }
   }

@@ -53,7 +53,7 @@ inline void load_page(const SealArgs& s, const T* rows, SealMemory& m) {
 // matrix * factor + diagonal, in place
 inline void scale_gram(float* matrix, int64_t d, float factor, float diagonal) {
   for (int64_t i = 0; i < d; ++i) {
-    for (int64_t j = 0; j < d; j += W) store(matrix + i * d + j, mul(load(matrix + i * d + j), set1(factor)));
+    for (int64_t j = 0; j < d; j += W) store(matrix + i * d + j, mul(load(matrix + i * d + j), set(factor)));
     matrix[i * d + i] += diagonal;
   }
 }
@@ -88,7 +88,7 @@ inline void column_scales(const SealArgs& s, const float* matrix, int64_t rows, 
   for (int64_t j = 0; j < width; j += W) {
     F top = zero();
     for (int64_t i = 0; i < rows; ++i) top = max(top, abs(load(matrix + i * width + j)));
-    store(scales + j, mul(max(top, set1(1e-30f)), set1(1.0f / 127.0f)));
+    store(scales + j, mul(max(top, set(1e-30f)), set(1.0f / 127.0f)));
   }
 }
 
@@ -124,7 +124,7 @@ inline void write_page(const SealArgs& s, SealMemory& m, uint8_t* page) {
   for (int j = 0; j < rank; ++j) {
     float square = 0.0f;
     for (int64_t i = 0; i < d; ++i) square += m.fit.x[i * width + j] * m.fit.x[i * width + j];
-    const float size = larger(__builtin_sqrtf(square), 1e-30f);
+    const float size = max(__builtin_sqrtf(square), 1e-30f);
     for (int64_t i = 0; i < d; ++i) {
       m.fit.x[i * width + j] /= size;
       m.fit.y[i * width + j] *= size;

@@ -13,8 +13,8 @@ inline F group_weight(const uint32_t* words, int pairs, const F* factors) {
   LRQK_UNROLL
   for (int pair = 0; pair < (kPairs ? kPairs : pairs); ++pair) {
     const I both = load_words(words + pair * W);
-    total = fma(high_bf16(both), factors[2 * pair], total);
-    total = fma(low_bf16(both), factors[2 * pair + 1], total);
+    total = mul_add(high_bf16(both), factors[2 * pair], total);
+    total = mul_add(low_bf16(both), factors[2 * pair + 1], total);
   }
   return total;
 }
@@ -37,13 +37,13 @@ inline void weigh_candidates(const uint32_t* words, int pairs, const F* factors,
 // group_weight and peaks of the pages of one range.
 inline void weigh_range(const DecodeArgs& a, Item& item, int64_t range) {
   const int64_t group = a.heads / a.kv_heads, n = a.page_size;
-  const int64_t stop = smaller(item.num_pages, (range + 1) * item.range_pages);
+  const int64_t stop = min(item.num_pages, (range + 1) * item.range_pages);
   const auto run = item.pairs == 1 ? weigh_candidates<1> : item.pairs == 2 ? weigh_candidates<2> : weigh_candidates<0>;
   for (int64_t p = range * item.range_pages; p < stop; ++p) {
     float* out = item.group_weight + p * n;
     float* peaks = item.peaks + p * n / item.peak_span;
     F factors[kMaxGroup + 1];
-    for (int64_t g = 0; g < group; ++g) factors[g] = set1(item.coefficient[g * item.pages + p]);
+    for (int64_t g = 0; g < group; ++g) factors[g] = set(item.coefficient[g * item.pages + p]);
     factors[group] = zero();
     if (p >= item.first_page) {
       run(item.weights + p * n * item.pairs, item.pairs, factors, n, item.peak_span, out, peaks);
@@ -68,20 +68,20 @@ inline void find_threshold(const DecodeArgs& a, Item& item) {
 // Keeps what reaches the threshold: everything that may be selected, and little more.
 inline void keep_range(const DecodeArgs& a, Item& item, int64_t range) {
   const int64_t n = a.page_size;
-  const int64_t stop = smaller(item.num_pages, (range + 1) * item.range_pages) * n;
+  const int64_t stop = min(item.num_pages, (range + 1) * item.range_pages) * n;
   int32_t* index = item.kept_index + range * item.kept_stride;
   float* weights = item.kept_weight + range * item.kept_stride;
-  const F threshold = set1(item.threshold);
+  const F threshold = set(item.threshold);
   int64_t count = 0;
   const int64_t block = item.peak_span * W;
   for (int64_t first = range * item.range_pages * n; first < stop; first += block) {
-    if (item.peak_span > 1 && !at_least(load(item.peaks + first / item.peak_span), threshold)) continue;
+    if (item.peak_span > 1 && !bits(ge(load(item.peaks + first / item.peak_span), threshold))) continue;
     for (int64_t i = first; i < first + block; i += W) {
       const F weight = load(item.group_weight + i);
-      const uint32_t mask = at_least(weight, threshold);
-      if (!mask) continue;
-      compress_index(index + count, static_cast<int32_t>(i), mask);
-      count += compress(weights + count, weight, mask);
+      const M is_kept = ge(weight, threshold);
+      if (!bits(is_kept)) continue;
+      compress_store_index(index + count, static_cast<int32_t>(i), is_kept);
+      count += compress_store(weights + count, weight, is_kept);
     }
   }
   item.range_kept[range] = count;
@@ -122,7 +122,7 @@ constexpr int kRowsAhead = 16;  // whose key factors are fetched meanwhile
 inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
   const int group = static_cast<int>(a.heads / a.kv_heads);
   const int64_t n = a.page_size, first = range * item.range_pages * n;
-  const int64_t stop = smaller(item.num_pages, (range + 1) * item.range_pages) * n;
+  const int64_t stop = min(item.num_pages, (range + 1) * item.range_pages) * n;
   int64_t i = 0;
   for (int64_t high = item.num_selected; i < high;) {
     const int64_t middle = (i + high) / 2;
@@ -170,7 +170,7 @@ inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
         const I both = load_words(weights + (k * item.pairs + g / 2) * W);
         total = add(total, g % 2 ? low_bf16(both) : high_bf16(both));
       }
-      left = sum(total);
+      left = reduce_sum(total);
     }
     if (is_cleared && moments) page_moments(factors, weights, group, item.pairs, n, item.value_stride, moments);
   }

@@ -6,16 +6,16 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
-// The sum of the values from `least` on. The count is a multiple of W. With a lower `least` it is never smaller:
+// The sum of the values from `least` on. The count is a multiple of W. With a lower `least` it is never min:
 // values are not negative, and rounding keeps the order.
 inline float sum_from(const float* values, int64_t n, float least) {
-  const F bound = set1(least);
+  const F bound = set(least);
   F total = zero();
   for (int64_t i = 0; i < n; i += W) {
     const F value = load(values + i);
-    total = add(total, choose(value, bound, value, zero()));
+    total = add(total, if_then_else(ge(value, bound), value, zero()));
   }
-  return sum(total);
+  return reduce_sum(total);
 }
 
 // The largest number from which on the values sum to `target`, bit by bit; 0 where all together do not.

@@ -12,11 +12,11 @@ inline void center_factors(const SealArgs& s, SealMemory& m, int rank, float* me
   for (int64_t j = 0; j < m.width; j += W) {
     F total = zero();
     for (int64_t i = 0; i < n; ++i) total = add(total, load(m.factor + i * m.width + j));
-    const F mean = mul(total, set1(1.0f / static_cast<float>(n)));
+    const F mean = mul(total, set(1.0f / static_cast<float>(n)));
     for (int64_t i = 0; i < n; ++i) store(m.factor + i * m.width + j, sub(load(m.factor + i * m.width + j), mean));
     alignas(64) float lanes[W];
     store(lanes, mean);
-    for (int64_t k = j; means && k < smaller<int64_t>(j + W, rank); ++k) means[k] = lanes[k - j];
+    for (int64_t k = j; means && k < min<int64_t>(j + W, rank); ++k) means[k] = lanes[k - j];
   }
 }
 
@@ -31,7 +31,7 @@ inline void orthonormalize(double* q, int r) {
       }
       double square = 0.0;
       for (int i = 0; i < r; ++i) square += q[i * r + j] * q[i * r + j];
-      const double inverse = 1.0 / larger(__builtin_sqrt(square), 1e-300);
+      const double inverse = 1.0 / max(__builtin_sqrt(square), 1e-300);
       for (int i = 0; i < r; ++i) q[i * r + j] *= inverse;
     }
   }
@@ -45,10 +45,10 @@ inline void explain_values(const SealArgs& s, SealMemory& m, const double* lower
   for (int i = 0; i < r; ++i) {
     float* row = m.explained + i * d;
     for (int j = 0; j < i; ++j) {
-      const F factor = set1(static_cast<float>(-lower[i * r + j]));
-      for (int64_t k = 0; k < d; k += W) store(row + k, fma(load(m.explained + j * d + k), factor, load(row + k)));
+      const F factor = set(static_cast<float>(-lower[i * r + j]));
+      for (int64_t k = 0; k < d; k += W) store(row + k, mul_add(load(m.explained + j * d + k), factor, load(row + k)));
     }
-    const F inverse = set1(static_cast<float>(1.0 / lower[i * r + i]));
+    const F inverse = set(static_cast<float>(1.0 / lower[i * r + i]));
     for (int64_t k = 0; k < d; k += W) store(row + k, mul(load(row + k), inverse));
   }
 }
@@ -61,12 +61,12 @@ inline void find_directions(const SealArgs& s, const SealMemory& m, double* size
   for (int i = 0; i < r; ++i) {
     for (int j = 0; j <= i; ++j) {
       F total = zero();
-      for (int64_t k = 0; k < d; k += W) total = fma(load(m.explained + i * d + k), load(m.explained + j * d + k), total);
-      size[i * r + j] = size[j * r + i] = sum(total);
+      for (int64_t k = 0; k < d; k += W) total = mul_add(load(m.explained + i * d + k), load(m.explained + j * d + k), total);
+      size[i * r + j] = size[j * r + i] = reduce_sum(total);
     }
     trace += size[i * r + i];
   }
-  for (int i = 0; i < r; ++i) size[i * r + i] += larger(trace / r * s.value_shift, 1.17549435e-38);
+  for (int i = 0; i < r; ++i) size[i * r + i] += max(trace / r * s.value_shift, 1.17549435e-38);
   for (int i = 0; i < r * r; ++i) q[i] = i % (r + 1) == 0 ? 1.0 : 0.0;
   for (int round = 0; round < s.value_iterations; ++round) {
     for (int i = 0; i < r; ++i) {
