@@ -11,8 +11,6 @@
 namespace lrqk {
 
 constexpr float kMasked = -1e30f;  // a score that stands for minus infinity and survives subtraction
-constexpr int kMaxGroup = 64;
-constexpr int kMaxPageSize = 1024;
 constexpr float kLog2e = 1.44269504088896340736f;
 
 namespace LRQK_ISA {

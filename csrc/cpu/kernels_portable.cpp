@@ -2,6 +2,4 @@
 //
 #include "cpu/kernels.h"
 
-namespace lrqk {
-const KernelTable kPortableKernels = {portable::decode, portable::append, portable::seal, portable::prefill, portable::W};
-}  // namespace lrqk
+const lrqk::KernelTable lrqk::kPortableKernels = lrqk::portable::kKernels;

@@ -1,7 +1,7 @@
 // The k-th largest of many floats, bit by bit: each bit is one vectorised count.
 #pragma once
 
-#include <cstring>
+#include <cstdint>
 
 #include "cpu/common.h"
 

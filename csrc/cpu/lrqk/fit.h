@@ -1,6 +1,7 @@
 // The page-local LRQK fit on Gram matrices; vllm_lrqk/methods/lrqk/seal.py has the formulas and the reasons.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
 #include "cpu/matmul.h"
@@ -13,20 +14,20 @@ struct Fit {
   int64_t d;
   int rank, width;  // width: rank rounded up to 2 W
   float ridge;
-  float* gram_q;     // [d, d]
-  float* gram_k;     // [d, d]
-  float* x;          // [d, r]
-  float* y;          // [d, r]
-  float* gq_x;       // [d, r]
-  float* gk_y;       // [d, r]
-  float* b_q;        // [d, r], transposed
-  float* b_k;        // [d, r], transposed
-  float* sum;        // [d, r]
-  float* x_gram;     // [r, r]
-  float* y_gram;     // [r, r]
-  float* small;      // [r, r]
-  float* inverse;    // [r, r]
-  double* triangle;  // [r, r]
+  float* gram_q;             // [d, d]
+  float* gram_k;             // [d, d]
+  float* x;                  // [d, r]
+  float* y;                  // [d, r]
+  float* gq_x;               // [d, r]
+  float* gk_y;               // [d, r]
+  float* b_q;                // [d, r], transposed
+  float* b_k;                // [d, r], transposed
+  float* sum;                // [d, r]
+  float* x_gram;             // [r, r]
+  float* y_gram;             // [r, r]
+  float* small;              // [r, r]
+  float* inverse;            // [r, r]
+  double* triangle;          // [r, r]
   double* inverse_triangle;  // [r, r]
 };
 

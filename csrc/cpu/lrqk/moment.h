@@ -1,7 +1,11 @@
 // Moments of a page: the leading columns of its tokens' key factors, summed with the weights of the scan.
 #pragma once
 
-#include "cpu/lrqk/score.h"
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/common.h"
+#include "cpu/lrqk/page.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
@@ -24,10 +28,10 @@ inline void load_key_factors(const FactorPage& page, int word, int64_t page_size
   }
 }
 
-// Of B heads, from `weights` [N / W, pairs, W] with two bfloat16 to a word, to `out` [B, stride].
+// Of B heads, from `weights` [N / W, pairs, W] with two bfloat16 to a word, to `out` [B, padded_rank].
 template <int B, bool kIsInt8>
-inline void add_up_moments(const FactorPage& page, const uint32_t* weights, int pairs, int64_t page_size, int stride,
-                           float* out) {
+inline void add_up_moments(const FactorPage& page, const uint32_t* weights, int pairs, int64_t page_size,
+                           int padded_rank, float* out) {
   constexpr int R = kWordRanks<kIsInt8>;
   for (int word = 0; word < page.layout->value_rank / R; ++word) {
     F acc[B * R];
@@ -51,30 +55,30 @@ inline void add_up_moments(const FactorPage& page, const uint32_t* weights, int 
     if constexpr (B * R == W) {
       alignas(64) float sums[W];
       store(sums, reduce_sum_each(acc));
-      for (int g = 0; g < B; ++g) std::memcpy(out + g * stride + word * R, sums + g * R, R * sizeof(float));
+      for (int g = 0; g < B; ++g) std::memcpy(out + g * padded_rank + word * R, sums + g * R, R * sizeof(float));
     } else {
-      for (int i = 0; i < B * R; ++i) out[i / R * stride + word * R + i % R] = reduce_sum(acc[i]);
+      for (int i = 0; i < B * R; ++i) out[i / R * padded_rank + word * R + i % R] = reduce_sum(acc[i]);
     }
   }
 }
 
-// moments [G, stride] of one page.
+// moment [G, padded_rank] of one page.
 inline void page_moments(const FactorPage& page, const uint32_t* weights, int group, int pairs, int64_t page_size,
-                         int stride, float* moments) {
-  std::memset(moments, 0, group * stride * sizeof(float));
+                         int padded_rank, float* moment) {
+  std::memset(moment, 0, group * padded_rank * sizeof(float));
   for_head_blocks(group, [&](auto block, int g) {
     constexpr int B = decltype(block)::value;
     const auto run = page.layout->is_int8 ? add_up_moments<B, true> : add_up_moments<B, false>;
-    run(page, weights + g / 2 * W, pairs, page_size, stride, moments + g * stride);
+    run(page, weights + g / 2 * W, pairs, page_size, padded_rank, moment + g * padded_rank);
   });
 }
 
-// Takes one token out of the moments of its page.
+// Takes one token out of the moment of its page.
 inline void subtract_token(const FactorPage& page, int64_t n, int64_t page_size, const float* weights, int group,
-                           int stride, float* moments) {
+                           int padded_rank, float* moment) {
   const int rank = page.layout->value_rank, ranks = page.layout->is_int8 ? 4 : 2;
-  alignas(64) uint8_t bytes[2 * kMaxStride];
-  alignas(64) float factors[kMaxStride];
+  alignas(64) uint8_t bytes[2 * kMaxRank];
+  alignas(64) float factors[kMaxRank];
   for (int word = 0; word < rank / ranks; ++word) {
     std::memcpy(bytes + word * 4, page.data + (word * page_size + n) * 4, 4);
   }
@@ -84,7 +88,7 @@ inline void subtract_token(const FactorPage& page, int64_t n, int64_t page_size,
     for (int j = 0; j < rank; ++j) factors[j] = float_of(uint32_t{reinterpret_cast<const uint16_t*>(bytes)[j]} << 16);
   }
   for (int g = 0; g < group; ++g) {
-    for (int j = 0; j < rank; ++j) moments[g * stride + j] -= weights[g] * factors[j];
+    for (int j = 0; j < rank; ++j) moment[g * padded_rank + j] -= weights[g] * factors[j];
   }
 }
 

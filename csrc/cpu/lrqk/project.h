@@ -1,9 +1,11 @@
 // The query heads of one KV head in the coordinates of a factor page: z_j = (q . X_j) scale_j.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
 #include "cpu/common.h"
+#include "cpu/lrqk/page.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
@@ -38,45 +40,12 @@ inline void prepare_proxy_query(const float* query, int heads, int64_t head_size
   }
 }
 
-struct FactorPage {
-  const uint8_t* data;
-  const PageLayout* layout;
-  const void* projection() const { return data + layout->projection_offset; }  // [r, d]
-  const float* scale() const { return reinterpret_cast<const float*>(data + layout->scale_offset); }
-  const bf16* value_mean() const { return reinterpret_cast<const bf16*>(data + layout->value_mean_offset); }
-  // The leading columns of a token's key factor.
-  void prefetch_token(int64_t n, int64_t page_size) const {
-    const int words = layout->value_rank / (layout->is_int8 ? 4 : 2);
-    for (int word = 0; word < words; ++word) __builtin_prefetch(data + (word * page_size + n) * 4);
-  }
-  const void* value_projection() const { return data + layout->value_projection_offset; }  // [r, d]
-  const float* value_scale() const { return reinterpret_cast<const float*>(data + layout->value_scale_offset); }
-  const float* key_factor_mean() const {
-    return reinterpret_cast<const float*>(data + layout->key_factor_mean_offset);
-  }
-};
-
 // The query in the coordinates of one page.
 struct Projected {
-  int32_t* words;  // [G, stride]; int8 factors: as store_pair_words leaves z / unit; else z itself as float32
-  float* unit;     // [G]; a score is unit times a sum over the words
-  int stride;      // rank rounded up to W
+  int32_t* words;   // [G, padded_rank]; int8 factors: as store_pair_words leaves z / unit; else z itself as float32
+  float* unit;      // [G]; a score is unit times a sum over the words
+  int padded_rank;  // rank rounded up to W
   float* values() const { return reinterpret_cast<float*>(words); }
-};
-
-// Fetches the lines of the next page, a few at a time between other work: all at once they would block each other.
-// Projecting and scoring a page make rank + page_size rank / (8 W) steps at least, which is more than its lines / 3.
-class Fetcher {
- public:
-  Fetcher(const uint8_t* data, int64_t bytes) : at_(data), end_(data ? data + bytes : data) {}
-  void step() {
-    if (at_ >= end_) return;
-    for (int i = 0; i < 3; ++i) __builtin_prefetch(at_ + i * 64);
-    at_ += 3 * 64;
-  }
-
- private:
-  const uint8_t *at_, *end_;
 };
 
 // z of ranks first ... first + W - 1, zero past the rank, with int8 factors; with kBlocks > 0, head_size is
@@ -155,16 +124,18 @@ inline void project(const FactorPage& page, const ProxyQuery& query, int g0, int
   float* values[B];
   F largest[B];
   for (int g = 0; g < B; ++g) {
-    values[g] = out.values() + (g0 + g) * out.stride;
+    values[g] = out.values() + (g0 + g) * out.padded_rank;
     largest[g] = zero();
   }
   for (int first = 0; first < rank; first += W) {
     const int count = min(rank - first, W);
     alignas(64) float scale[W] = {};
-    std::memcpy(scale, page.scale() + first, count * sizeof(float));
+    std::memcpy(scale, page.projection_scale() + first, count * sizeof(float));
     F z[B];
     if (is_int8) {
-      const auto run = head_size == 8 * W ? project_int8<B, 4> : head_size == 4 * W ? project_int8<B, 2> : project_int8<B, 0>;
+      const auto run = head_size == 8 * W   ? project_int8<B, 4>
+                       : head_size == 4 * W ? project_int8<B, 2>
+                                            : project_int8<B, 0>;
       run(page, query, g0, head_size, first, count, fetcher, z);
     } else {
       project_bf16<B>(page, query, g0, head_size, first, count, fetcher, z);
@@ -182,7 +153,7 @@ inline void project(const FactorPage& page, const ProxyQuery& query, int g0, int
     const F inverse = set(size > 1e-30f ? 32767.0f / size : 0.0f);
     out.unit[g0 + g] = size / 32767.0f;
     for (int j = 0; j < rank; j += W) {
-      store_pair_words(out.words + (g0 + g) * out.stride + j, mul(load(values[g] + j), inverse));
+      store_pair_words(out.words + (g0 + g) * out.padded_rank + j, mul(load(values[g] + j), inverse));
     }
   }
 }

@@ -1,6 +1,9 @@
 // Proxy scores of a page's tokens, s~_n = sum_j z_j A_nj, each plus an offset of its head.
 #pragma once
 
+#include <cstdint>
+
+#include "cpu/lrqk/page.h"
 #include "cpu/lrqk/project.h"
 
 namespace lrqk {
@@ -14,7 +17,7 @@ inline void score_int8(const FactorPage& page, const Projected& z, int g0, int64
   I acc[V][B];
   LRQK_UNROLL
   for (int g = 0; g < B; ++g) {
-    words[g] = z.words + (g0 + g) * z.stride;
+    words[g] = z.words + (g0 + g) * z.padded_rank;
     LRQK_UNROLL
     for (int v = 0; v < V; ++v) acc[v][g] = zero_int();
   }
@@ -59,24 +62,12 @@ inline void score_bf16(const FactorPage& page, const Projected& z, int g0, int64
       load_pair(data + j * page_size + (n + v * W) * 2, even, odd);
       LRQK_UNROLL
       for (int g = 0; g < B; ++g) {
-        const float* q = z.values() + (g0 + g) * z.stride + j;
+        const float* q = z.values() + (g0 + g) * z.padded_rank + j;
         scores[v][g] = mul_add(odd, set(q[1]), mul_add(even, set(q[0]), scores[v][g]));
       }
     }
   }
 }
-
-template <int B, int V, bool kIsInt8>
-inline void score_vectors(const FactorPage& page, const Projected& z, int g0, int64_t page_size, int64_t n,
-                          const F* offset, Fetcher& fetcher, F (*scores)[B]) {
-  if constexpr (kIsInt8) {
-    score_int8<B, V>(page, z, g0, page_size, n, offset, fetcher, scores);
-  } else {
-    score_bf16<B, V>(page, z, g0, page_size, n, offset, fetcher, scores);
-  }
-}
-
-constexpr int kVectorsTogether = 2;  // they share the loads of the query's words
 
 }  // namespace LRQK_ISA
 }  // namespace lrqk

@@ -1,6 +1,10 @@
 // Factorising full pages: the LRQK fit of each (page, KV head), quantised and written as a factor page.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/lrqk/seal_page.h"
 #include "cpu/lrqk/values.h"
 
 namespace lrqk {
@@ -16,7 +20,7 @@ inline void seal(const SealArgs& s, const Parallel& parallel) {
     SealMemory m = carve_seal(s, carver);
     m.fit.ridge = s.ridge;
     const int64_t page = s.pages[index / s.kv_heads], head = index % s.kv_heads;
-    uint8_t* factors = s.factors + page * s.layout.page_stride + head * s.layout.head_stride;
+    uint8_t* factors = s.factors.data + page * s.factors.page_stride + head * s.factors.head_stride;
     with_type(s.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       const T* rows = static_cast<const T*>(s.host.data) + page * s.host.page_stride + head * s.host.head_stride;

@@ -1,6 +1,10 @@
 // One (page, KV head) that is factorised: its working memory, and how its factors are quantised and written.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/lrqk/args.h"
 #include "cpu/lrqk/fit.h"
 
 namespace lrqk {
@@ -8,12 +12,12 @@ namespace LRQK_ISA {
 
 struct SealMemory {
   Fit fit;
-  float* key;         // [N, d]
-  float* value;       // [N, d], without their mean; for linear values only
-  float* value_mean;  // [d]
-  float* factor;      // [N, r], width as in Fit
-  float* highest;     // [r]
-  float* explained;   // [r, d]
+  float* key;          // [N, d]
+  float* value;        // [N, d], without their mean; for linear values only
+  float* value_mean;   // [d]
+  float* factor;       // [N, r], width as in Fit
+  float* scales;       // [r], of columns
+  float* explained;    // [r, d]
   double* directions;  // three times [r, r]
   int64_t width;
 };
@@ -27,7 +31,7 @@ inline SealMemory carve_seal(const SealArgs& s, Carver& carver) {
   if (s.layout.value_rank) m.value = carver.take<float>(rows * s.head_size + kMatmulRows);
   m.value_mean = carver.take<float>(s.head_size);
   m.factor = carver.take<float>(rows * m.width);
-  m.highest = carver.take<float>(m.width);
+  m.scales = carver.take<float>(m.width);
   m.explained = carver.take<float>(ceil_div(s.layout.rank, kMatmulRows) * kMatmulRows * s.head_size);
   m.directions = carver.take<double>(3 * static_cast<int64_t>(s.layout.rank) * s.layout.rank);
   return m;
@@ -108,10 +112,12 @@ inline void quantize_row(const SealArgs& s, const float* row, int64_t width, con
 // `matrix` [d, r], divided by the scales, as stored [r, d]; `bytes` is working memory.
 inline void write_transposed(const SealArgs& s, const float* matrix, int rank, int64_t width, const float* scales,
                              uint8_t* bytes, uint8_t* out) {
-  const int64_t item = s.layout.is_int8 ? 1 : 2;
+  const int64_t element_bytes = s.layout.is_int8 ? 1 : 2;
   for (int64_t i = 0; i < s.head_size; ++i) {
     quantize_row(s, matrix + i * width, width, scales, bytes);
-    for (int j = 0; j < rank; ++j) std::memcpy(out + (j * s.head_size + i) * item, bytes + j * item, item);
+    for (int j = 0; j < rank; ++j) {
+      std::memcpy(out + (j * s.head_size + i) * element_bytes, bytes + j * element_bytes, element_bytes);
+    }
   }
 }
 
@@ -119,7 +125,7 @@ inline void write_page(const SealArgs& s, SealMemory& m, uint8_t* page) {
   const PageLayout& layout = s.layout;
   const int rank = layout.rank;
   const int64_t d = s.head_size, n = s.page_size, width = m.width;
-  const int64_t item = layout.is_int8 ? 1 : 2, words = rank * item / 4;
+  const int64_t words = rank * (layout.is_int8 ? 1 : 2) / 4;
   // Balance the columns: only the product of a column of the factor and one of x matters.
   for (int j = 0; j < rank; ++j) {
     float square = 0.0f;
@@ -132,13 +138,13 @@ inline void write_page(const SealArgs& s, SealMemory& m, uint8_t* page) {
   }
   multiply(m.key, d, 1, n, m.fit.y, width, width, d, m.factor, width);
   uint8_t* bytes = reinterpret_cast<uint8_t*>(m.fit.gq_x);
-  float* scales = m.highest;
+  float* scales = m.scales;
   column_scales(s, m.factor, n, width, scales);
   for (int64_t i = 0; i < n; ++i) {
     quantize_row(s, m.factor + i * width, width, scales, bytes);
     for (int64_t w = 0; w < words; ++w) std::memcpy(page + (w * n + i) * 4, bytes + w * 4, 4);
   }
-  float* stored_scales = reinterpret_cast<float*>(page + layout.scale_offset);
+  float* stored_scales = reinterpret_cast<float*>(page + layout.projection_scale_offset);
   std::memcpy(stored_scales, scales, rank * sizeof(float));
   column_scales(s, m.fit.x, d, width, scales);
   for (int j = 0; j < rank; ++j) stored_scales[j] *= scales[j];

@@ -1,7 +1,11 @@
 // The top-k of an item by the softmax weights of the scan, summed over the query heads.
 #pragma once
 
-#include "cpu/lrqk/scan.h"
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/lrqk/prepare.h"
+#include "cpu/top_k.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
@@ -36,21 +40,22 @@ inline void weigh_candidates(const uint32_t* words, int pairs, const F* factors,
 
 // group_weight and peaks of the pages of one range.
 inline void weigh_range(const DecodeArgs& a, Item& item, int64_t range) {
-  const int64_t group = a.heads / a.kv_heads, n = a.page_size;
+  const int64_t group = group_of(a), n = a.page_size;
   const int64_t stop = min(item.num_pages, (range + 1) * item.range_pages);
   const auto run = item.pairs == 1 ? weigh_candidates<1> : item.pairs == 2 ? weigh_candidates<2> : weigh_candidates<0>;
   for (int64_t p = range * item.range_pages; p < stop; ++p) {
     float* out = item.group_weight + p * n;
     float* peaks = item.peaks + p * n / item.peak_span;
     F factors[kMaxGroup + 1];
-    for (int64_t g = 0; g < group; ++g) factors[g] = set(item.coefficient[g * item.pages + p]);
+    for (int64_t g = 0; g < group; ++g) factors[g] = set(item.coefficient[g * item.padded_pages + p]);
     factors[group] = zero();
     if (p >= item.first_page) {
       run(item.weights + p * n * item.pairs, item.pairs, factors, n, item.peak_span, out, peaks);
     }
     const Span span = candidates_of(a, item, p);
     if (span.covers(n)) continue;
-    for_others(span, n, [&](int64_t i) { out[i] = -1.0f; });
+    for (int64_t i = 0; i < span.begin; ++i) out[i] = -1.0f;
+    for (int64_t i = span.end; i < n; ++i) out[i] = -1.0f;
     for (int64_t i = 0; i < n; i += item.peak_span * W, peaks += W) {
       F top = load(out + i);
       for (int64_t k = 1; k < item.peak_span; ++k) top = max(top, load(out + i + k * W));
@@ -100,80 +105,20 @@ inline int64_t join_ranges(Item& item) {
   return count;
 }
 
-// The first num_selected places of `rows`, ascending. Of equal weights the earlier tokens win.
-inline void choose_rows(const DecodeArgs& a, Item& item) {
+// The first num_selected `positions`, ascending. Of equal weights the earlier tokens win.
+inline void select_tokens(const DecodeArgs& a, Item& item) {
   const int64_t count = join_ranges(item);
   const float least = kth_largest(item.kept_weight, ceil_div(count, W) * W, a.top_k, 31);
-  int64_t ties = a.top_k, chosen = 0;
+  int64_t ties = a.top_k, selected = 0;
   for (int64_t i = 0; i < count; ++i) ties -= item.kept_weight[i] > least;
-  for (int64_t i = 0; i < count && chosen < a.top_k; ++i) {
+  for (int64_t i = 0; i < count && selected < a.top_k; ++i) {
     const float weight = item.kept_weight[i];
-    item.rows[chosen] = item.kept_index[i];
+    item.positions[selected] = item.kept_index[i];
     const bool is_tie = weight == least && ties > 0;
     ties -= is_tie;
-    chosen += weight > least || is_tie;
+    selected += weight > least || is_tie;
   }
-  item.num_selected = chosen;
-}
-
-constexpr int kRowsAhead = 16;  // whose key factors are fetched meanwhile
-
-// Takes the selected tokens out of the page sums and moments of one range.
-inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
-  const int group = static_cast<int>(a.heads / a.kv_heads);
-  const int64_t n = a.page_size, first = range * item.range_pages * n;
-  const int64_t stop = min(item.num_pages, (range + 1) * item.range_pages) * n;
-  int64_t i = 0;
-  for (int64_t high = item.num_selected; i < high;) {
-    const int64_t middle = (i + high) / 2;
-    if (item.rows[middle] < first) {
-      i = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  while (i < item.num_selected && item.rows[i] < stop) {
-    const int64_t page = item.rows[i] >> a.page_shift, begin = i;
-    uint32_t* weights = item.weights + page * n * item.pairs;
-    const auto at = [&](int64_t row) { return weights + (row & (n - 1)) / W * item.pairs * W + row % W; };
-    float taken[kMaxGroup + 1] = {}, now[kMaxGroup + 1];
-    const FactorPage factors = factor_page(a, item, page);
-    float* moments = item.value_stride ? item.moment + page * group * item.value_stride : nullptr;
-    for (; i < item.num_selected && item.rows[i] >> a.page_shift == page; ++i) {
-      if (moments && i + kRowsAhead < item.num_selected) {
-        const int64_t row = item.rows[i + kRowsAhead];
-        factor_page(a, item, row >> a.page_shift).prefetch_token(row & (n - 1), n);
-      }
-      const uint32_t* both = at(item.rows[i]);
-      for (int pair = 0; pair < item.pairs; ++pair) {
-        now[2 * pair] = float_of(both[pair * W] & 0xffff0000u);
-        now[2 * pair + 1] = float_of(both[pair * W] << 16);
-        taken[2 * pair] += now[2 * pair];
-        taken[2 * pair + 1] += now[2 * pair + 1];
-      }
-      if (moments) subtract_token(factors, item.rows[i] & (n - 1), n, now, group, item.value_stride, moments);
-    }
-    bool is_cleared = false;
-    for (int g = 0; g < group; ++g) {
-      float& left = item.page_sum[g * item.pages + page];
-      if (taken[g] <= left * (1.0f - 0x1p-6f)) {
-        left -= taken[g];
-        continue;
-      }
-      // The difference would lose many digits: add up what is left.
-      for (int64_t k = begin; !is_cleared && k < i; ++k) {
-        for (int pair = 0; pair < item.pairs; ++pair) at(item.rows[k])[pair * W] = 0;
-      }
-      is_cleared = true;
-      F total = zero();
-      for (int64_t k = 0; k < n / W; ++k) {
-        const I both = load_words(weights + (k * item.pairs + g / 2) * W);
-        total = add(total, g % 2 ? low_bf16(both) : high_bf16(both));
-      }
-      left = reduce_sum(total);
-    }
-    if (is_cleared && moments) page_moments(factors, weights, group, item.pairs, n, item.value_stride, moments);
-  }
+  item.num_selected = selected;
 }
 
 }  // namespace LRQK_ISA

@@ -1,7 +1,9 @@
 // Of the selected tokens as many, in order of weight, as carry the share top_p of all candidates' weight.
 #pragma once
 
-#include "cpu/lrqk/select.h"
+#include <cstdint>
+
+#include "cpu/lrqk/item.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
@@ -28,28 +30,28 @@ inline float least_of_share(const float* values, int64_t n, float target) {
   return float_of(result);
 }
 
-// Shortens `rows`, which choose_rows has filled. Of equal weights the earlier tokens stay.
+// Shortens `positions`, which select_tokens has filled. Of equal weights the earlier tokens stay.
 inline void keep_share(const DecodeArgs& a, Item& item) {
   if (a.top_p >= 1.0f) return;
   float* weights = item.kept_weight;
   int64_t count = 0;
-  for (; count < item.num_selected; ++count) weights[count] = item.group_weight[item.rows[count]];
+  for (; count < item.num_selected; ++count) weights[count] = item.group_weight[item.positions[count]];
   for (; count % W; ++count) weights[count] = 0.0f;
   // Each head's weights sum to 1.
-  const float target = a.top_p * static_cast<float>(a.heads / a.kv_heads);
+  const float target = a.top_p * static_cast<float>(group_of(a));
   const float least = least_of_share(weights, count, target);
   if (least == 0.0f) return;
   float missing = target - sum_from(weights, count, float_of(bits_of(least) + 1));
   int64_t kept = 0;
   for (int64_t i = 0; i < item.num_selected; ++i) {
     const bool is_tie = weights[i] == least && missing > 0.0f;
-    item.rows[kept] = item.rows[i];
+    item.positions[kept] = item.positions[i];
     missing -= is_tie ? least : 0.0f;
     kept += weights[i] > least || is_tie;
   }
   item.num_selected = kept;
-  item.num_rows = kept + item.always;
-  if (a.output) item.row_tasks = ceil_div(item.num_rows, kTaskRows);
+  item.num_positions = kept + item.num_always;
+  if (a.output) item.row_parts = ceil_div(item.num_positions, kPartRows);
 }
 
 }  // namespace LRQK_ISA

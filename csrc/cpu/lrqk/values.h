@@ -1,6 +1,9 @@
 // Linear values of a page: values_first and value_regression of vllm_lrqk/methods/lrqk/seal.py.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
 #include "cpu/lrqk/seal_page.h"
 
 namespace lrqk {
@@ -61,7 +64,9 @@ inline void find_directions(const SealArgs& s, const SealMemory& m, double* size
   for (int i = 0; i < r; ++i) {
     for (int j = 0; j <= i; ++j) {
       F total = zero();
-      for (int64_t k = 0; k < d; k += W) total = mul_add(load(m.explained + i * d + k), load(m.explained + j * d + k), total);
+      for (int64_t k = 0; k < d; k += W) {
+        total = mul_add(load(m.explained + i * d + k), load(m.explained + j * d + k), total);
+      }
       size[i * r + j] = size[j * r + i] = reduce_sum(total);
     }
     trace += size[i * r + i];
@@ -137,7 +142,7 @@ inline void write_linear_values(const SealArgs& s, SealMemory& m, uint8_t* page)
   multiply(m.factor, 1, width, value_rank, m.factor, width, width, n, f.x_gram, width);
   multiply(m.value, 1, d, d, m.factor, width, width, n, f.sum, width);
   solve_right(f, f.sum, f.x_gram, f.x);
-  float* scales = m.highest;
+  float* scales = m.scales;
   column_scales(s, f.x, d, width, scales);
   write_transposed(s, f.x, value_rank, width, scales, reinterpret_cast<uint8_t*>(f.gq_x),
                    page + s.layout.value_projection_offset);

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cpu/elements.h"
+#include "elements.h"
 
 #define LRQK_ISA avx512
 #define LRQK_NATIVE_COMPRESS
@@ -102,8 +102,7 @@ inline void store_low_8(void* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvt
 struct Power {
   static constexpr bool kFloors = true;
   F exponent, fraction;
-  explicit Power(F a)
-      : exponent(a), fraction(_mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)) {}
+  explicit Power(F a) : exponent(a), fraction(_mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)) {}
   F times(F p) const { return _mm512_scalef_ps(p, exponent); }  // floors its exponent
 };
 

@@ -5,7 +5,7 @@
 //
 //   F, I, M            W floats; W int32 or 2 W int16; one truth value per lane of F
 //   kMatmulRows        rows of a register tile that is 2 W wide
-//   DenormalsOff       while it lives: denormals cost a microcode assist each, and weights below 1e-38 mean nothing here
+//   DenormalsOff       for its scope: denormals cost a microcode assist each, and weights below 1e-38 mean nothing here
 //   zero set           every lane alike                      add sub mul max abs
 //   mul_add(a, b, c)   a b + c                               reduce_sum reduce_max   over the lanes
 //   reduce_sum_each(a) lane i is the sum of all lanes of a[i], for W vectors of F or of I
@@ -28,7 +28,7 @@
 
 #include <cstdint>
 
-#include "cpu/elements.h"
+#include "elements.h"
 
 // Before loops over arrays of vectors, which have to become registers.
 #define LRQK_UNROLL _Pragma("GCC unroll 16")
@@ -133,7 +133,8 @@ inline F polynomial(F x, const float (&highest_first)[N]) {
 // 2^a for a <= 127, to 4e-6; results below 2^-126 may be anything down to 0.
 inline F exp2(F a) {
   // The minimax polynomial of relative error on [0, 1) (9e-8), and Taylor's, (ln 2)^k / k!, around 0.
-  constexpr float kOnUnit[] = {1.8775767e-3f, 8.9893397e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f};
+  constexpr float kOnUnit[] = {1.8775767e-3f, 8.9893397e-3f, 5.5826318e-2f,
+                               2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f};
   constexpr float kAroundZero[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
   const Power power(a);
   return power.times(polynomial(power.fraction, Power::kFloors ? kOnUnit : kAroundZero));

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/elements.h"
+#include "elements.h"
 
 #define LRQK_ISA portable
 

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cuda/block.cuh"
+#include "cuda/lrqk/select.h"
 
 namespace lrqk::cuda {
 
@@ -31,7 +32,7 @@ template <int kHeads>
 __device__ inline HeadBlock head_block(const SelectArgs& a) {
   const int group = a.heads / a.kv_heads, blocks = head_blocks<kHeads>(a);
   const int kv_head = blockIdx.y / blocks, g = blockIdx.y % blocks * kHeads, first = kv_head * group + g;
-  return {kv_head, first, smaller(kHeads, group - g), static_cast<int64_t>(blockIdx.z) * a.heads + first};
+  return {kv_head, first, min(kHeads, group - g), static_cast<int64_t>(blockIdx.z) * a.heads + first};
 }
 
 // Calls `start` with two constants: whether the factors are int8, and the heads of a block.

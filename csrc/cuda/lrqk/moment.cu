@@ -1,10 +1,10 @@
 // The mean key factor of what is left of each page: of its unselected candidates, weighted with exp(score).
 //
-// A warp works on one page. The lanes split the tokens; their sums, columns * heads of them, are exchanged in a
+// A warp works on one page. The lanes split the tokens; their sums, value_rank * heads of them, are exchanged in a
 // butterfly.
-#include "cuda/topk/candidates.cuh"
 #include "cuda/lrqk/factors.cuh"
 #include "cuda/lrqk/select.h"
+#include "cuda/topk/candidates.cuh"
 
 namespace lrqk::cuda {
 namespace {
@@ -32,13 +32,14 @@ template <bool kIsInt8, int kHeads>
 __device__ inline void add_tile(const SelectArgs& a, const uint8_t* page, int token, bool is_active,
                                 const float (&shares)[4][kHeads], float* sums) {
   constexpr int kElements = kIsInt8 ? 4 : 2, kColumns = 32 / kHeads;
-  for (int column = 0; column < a.value_rank; column += kColumns) {
+  for (int column = 0; column < a.layout.value_rank; column += kColumns) {
     float v[32] = {};
 #pragma unroll
     for (int w = 0; w < kColumns / kElements; ++w) {
       const int word = column / kElements + w;
-      if (!is_active || word * kElements >= a.value_rank) continue;
-      const uint4 words = *reinterpret_cast<const uint4*>(page + (static_cast<int64_t>(word) * a.page_size + token) * 4);
+      if (!is_active || word * kElements >= a.layout.value_rank) continue;
+      const uint4 words =
+          *reinterpret_cast<const uint4*>(page + (static_cast<int64_t>(word) * a.page_size + token) * 4);
       const unsigned of_token[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
@@ -60,9 +61,9 @@ __global__ void __launch_bounds__(kThreads) moment_kernel(const SelectArgs a) {
   __shared__ float all_sums[kWarps][kMaxRank * kHeads];
   float* sums = all_sums[warp_index()];
   const HeadBlock block = head_block<kHeads>(a);
-  const int request = blockIdx.z, columns = a.value_rank, p = blockIdx.x * kWarps + warp_index();
+  const int request = blockIdx.z, value_rank = a.layout.value_rank, p = blockIdx.x * kWarps + warp_index();
   if (p >= a.pages) return;
-  for (int i = lane_index(); i < ceil_div(columns * kHeads, 32) * 32; i += 32) sums[i] = 0.0f;
+  for (int i = lane_index(); i < ceil_div(value_rank * kHeads, 32) * 32; i += 32) sums[i] = 0.0f;
   float log_left[kHeads];
 #pragma unroll
   for (int g = 0; g < kHeads; ++g) {
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) moment_kernel(const SelectArgs a) {
     const Page tokens{p * a.page_size, size, a.page_size / size, a.scratch.keys + index * tokens_per_head(a)};
     const unsigned selected = selected_tokens(tokens, c, a.scratch.items[index].threshold);
     const int page_id = a.block_table[request * a.block_table_stride + p];
-    const uint8_t* page = a.factors + page_id * a.layout.page_stride + block.kv_head * a.layout.head_stride;
+    const uint8_t* page = a.factors.data + page_id * a.factors.page_stride + block.kv_head * a.factors.head_stride;
     const bool is_active = lane_index() * 4 < size;
     for (int t = 0; t < tokens.tiles; ++t) {
       const int token = t * size + lane_index() * 4, position = tokens.first_token + token;
@@ -89,9 +90,9 @@ __global__ void __launch_bounds__(kThreads) moment_kernel(const SelectArgs a) {
       add_tile<kIsInt8, kHeads>(a, page, token, is_active, shares, sums);
     }
   }
-  for (int i = lane_index(); i < columns * kHeads; i += 32) {
+  for (int i = lane_index(); i < value_rank * kHeads; i += 32) {
     const int g = i % kHeads;
-    if (g < block.heads) a.residual_factor[((block.head + g) * a.pages + p) * columns + i / kHeads] = sums[i];
+    if (g < block.heads) a.moment[((block.head + g) * a.pages + p) * value_rank + i / kHeads] = sums[i];
   }
 }
 

@@ -2,9 +2,9 @@
 //
 // A warp works on one page at a time. The lanes split the head size for q X (its rank * heads sums are exchanged in a
 // butterfly), and the tokens for the scores. The block that arrives last sums over all tiles of its heads.
-#include "cuda/topk/candidates.cuh"
 #include "cuda/lrqk/factors.cuh"
 #include "cuda/lrqk/select.h"
+#include "cuda/topk/candidates.cuh"
 
 namespace lrqk::cuda {
 namespace {
@@ -27,27 +27,27 @@ __device__ inline void load_quad(const uint8_t* from, float* to) {
   }
 }
 
-// weights[row * kHeads + g] = (q_g . X_row) * scale_row, times `factor`.
+// weights[j * kHeads + g] = (q_g . X_j) * scale_j, times `factor`.
 template <bool kIsInt8, int kHeads, int kQuads>
 __device__ inline void project(const SelectArgs& a, const uint8_t* page, const float (&query)[kHeads][kQuads * 4],
                                float factor, float* weights) {
-  constexpr int kRows = 32 / kHeads;
+  constexpr int kRanks = 32 / kHeads;
   constexpr int kQuadBytes = kIsInt8 ? 4 : 8;
   const uint8_t* projection = page + a.layout.projection_offset;
-  const float* scale = reinterpret_cast<const float*>(page + a.layout.scale_offset);
+  const float* scale = reinterpret_cast<const float*>(page + a.layout.projection_scale_offset);
   const int quads = a.head_size / 4;
-  for (int row0 = 0; row0 < a.layout.rank; row0 += kRows) {
+  for (int first = 0; first < a.layout.rank; first += kRanks) {
     float v[32];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {  // kept in registers: every index of v is a constant
+    for (int i = 0; i < kRanks; ++i) {  // kept in registers: every index of v is a constant
 #pragma unroll
       for (int g = 0; g < kHeads; ++g) v[i * kHeads + g] = 0.0f;
 #pragma unroll
       for (int j = 0; j < kQuads; ++j) {
         const int quad = j * 32 + lane_index();
         float x[4] = {};
-        if (row0 + i < a.layout.rank && quad < quads) {
-          load_quad<kIsInt8>(projection + ((row0 + i) * quads + quad) * kQuadBytes, x);
+        if (first + i < a.layout.rank && quad < quads) {
+          load_quad<kIsInt8>(projection + ((first + i) * quads + quad) * kQuadBytes, x);
         }
 #pragma unroll
         for (int g = 0; g < kHeads; ++g) {
@@ -57,8 +57,8 @@ __device__ inline void project(const SelectArgs& a, const uint8_t* page, const f
       }
     }
     const float sum = sum_to_lane(v);
-    const int row = row0 + lane_index() / kHeads;
-    if (row < a.layout.rank) weights[row * kHeads + lane_index() % kHeads] = sum * scale[row] * factor;
+    const int j = first + lane_index() / kHeads;
+    if (j < a.layout.rank) weights[j * kHeads + lane_index() % kHeads] = sum * scale[j] * factor;
   }
 }
 
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) score_kernel(const SelectArgs a) {
   const int* table = a.block_table + request * a.block_table_stride;
   const int first_page = c.first / a.page_size + blockIdx.x * kWarps + warp_index();
   for (int p = first_page; p < end_page; p += gridDim.x * kWarps) {
-    const uint8_t* page = a.factors + table[p] * a.layout.page_stride + block.kv_head * a.layout.head_stride;
+    const uint8_t* page = a.factors.data + table[p] * a.factors.page_stride + block.kv_head * a.factors.head_stride;
     __syncwarp();
     project<kIsInt8, kHeads, kQuads>(a, page, query, a.scale * kLog2e, weights);
     __syncwarp();

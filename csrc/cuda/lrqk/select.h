@@ -1,20 +1,34 @@
-// The steps of select, and how its memory is cut.
+// Selection by LRQK's proxy scores: score -> weigh -> collect -> emit, and moment for linear values.
 #pragma once
 
-#include "cuda/args.h"
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/topk/topk.h"
+#include "elements.h"
+#include "layout.h"
 
 namespace lrqk::cuda {
 
-// Cut `memory` (null: only count) into the parts of `scratch`; the bytes that they take.
-// The state is zero before the first call; its layout must not change between calls.
-int64_t carve_state(SelectScratch& scratch, uint8_t* memory, int64_t max_requests, int64_t heads, int64_t kv_heads);
-int64_t carve_scratch(SelectScratch& scratch, uint8_t* memory, int64_t requests, int64_t heads, int64_t kv_heads,
-                      int64_t pages, int64_t page_size);
+constexpr int kMaxRank = 64;
+
+struct SelectArgs : TopKArgs {
+  const void* query;  // [B, H, d]
+  int64_t query_request_stride, query_head_stride;
+  FactorPages factors;
+  PageLayout layout;
+  const int* block_table;  // [B, P]
+  int64_t block_table_stride;
+  float* moment;  // [B, H, P, value_rank], mean key factor of what is left of each page, or null; needs residual
+  int head_size;
+  float scale;
+  DType dtype;  // of the query
+};
+
+cudaError_t select(const SelectArgs&, cudaStream_t);
 
 void score(const SelectArgs&, cudaStream_t);
-void weigh(const SelectArgs&, cudaStream_t);
-void collect(const SelectArgs&, cudaStream_t);
-void emit(const SelectArgs&, cudaStream_t);
 void moment(const SelectArgs&, cudaStream_t);
 
 }  // namespace lrqk::cuda

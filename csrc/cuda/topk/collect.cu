@@ -1,7 +1,7 @@
 // The exact threshold: keys in the threshold's bin are listed, and the block that arrives last orders them by their
 // remaining digits and then by position.
 #include "cuda/topk/candidates.cuh"
-#include "cuda/lrqk/select.h"
+#include "cuda/topk/topk.h"
 
 namespace lrqk::cuda {
 namespace {
@@ -32,7 +32,7 @@ __device__ inline void refine(const Ties& ties, ItemState& item, int* chunk_coun
   int need = item.need, shift = kTieBits, position;
   bool is_exact = false;
   while (shift > 0 && !is_exact) {
-    const int width = smaller(kDigitBits, shift);
+    const int width = min(kDigitBits, shift);
     shift -= width;
     clear_bins(histogram);
     for (int i = threadIdx.x; i < ties.count; i += blockDim.x) {
@@ -52,7 +52,7 @@ __device__ inline void refine(const Ties& ties, ItemState& item, int* chunk_coun
 }
 
 // Grid: (chunks, KV, B).
-__global__ void __launch_bounds__(kThreads) collect_kernel(const SelectArgs a) {
+__global__ void __launch_bounds__(kThreads) collect_kernel(const TopKArgs a) {
   __shared__ int first_place;
   const int request = blockIdx.z, chunk = blockIdx.x;
   const Candidates c = candidates_of(a, request);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const SelectArgs a) {
   int* chunk_counts = a.scratch.chunk_counts + index * gridDim.x;
   ItemState& item = a.scratch.items[index];
   const int bin = item.bin;
-  const int begin = chunk * kChunkTokens, end = smaller(begin + kChunkTokens, c.end);
+  const int begin = chunk * kChunkTokens, end = min(begin + kChunkTokens, c.end);
   int above = 0, equal = 0;
   for (int position = begin + threadIdx.x; position < end; position += kThreads) {
     if (position < c.first) continue;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const SelectArgs a) {
 
 }  // namespace
 
-void collect(const SelectArgs& a, cudaStream_t stream) {
+void collect(const TopKArgs& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(static_cast<int64_t>(a.pages) * a.page_size, kChunkTokens)),
                   a.kv_heads, a.requests);
   launch(collect_kernel, grid, kThreads, stream, a);

@@ -1,7 +1,7 @@
 // Weights: each candidate's softmax weight summed over its group of heads, as ordered keys, and the bin of the first
 // digit in which the top_k-th key lies.
 #include "cuda/topk/candidates.cuh"
-#include "cuda/lrqk/select.h"
+#include "cuda/topk/topk.h"
 
 namespace lrqk::cuda {
 namespace {
@@ -9,7 +9,7 @@ namespace {
 constexpr int kTokens = 8;  // per thread and turn: one 16-byte read per head
 
 // Summed weights of the tokens at position ... position + 7, which lie in one tile.
-__device__ inline void sum_weights(const SelectArgs& a, int64_t head, int position, float (&weight)[kTokens]) {
+__device__ inline void sum_weights(const TopKArgs& a, int64_t head, int position, float (&weight)[kTokens]) {
   const int group = a.heads / a.kv_heads;
   const int64_t tokens = tokens_per_head(a), tiles = tiles_per_head(a);
   for (int g = 0; g < group; ++g) {
@@ -26,7 +26,7 @@ __device__ inline void sum_weights(const SelectArgs& a, int64_t head, int positi
   }
 }
 
-__device__ inline void find_first_digit(const SelectArgs& a, const Candidates& c, ItemState& item) {
+__device__ inline void find_first_digit(const TopKArgs& a, const Candidates& c, ItemState& item) {
   __shared__ unsigned bins[kBins];
   for (int i = threadIdx.x; i < kBins; i += blockDim.x) {
     bins[i] = __ldcg(item.histogram + i);
@@ -48,7 +48,7 @@ __device__ inline void find_first_digit(const SelectArgs& a, const Candidates& c
 }
 
 // Grid: (chunks, KV, B).
-__global__ void __launch_bounds__(kThreads) weigh_kernel(const SelectArgs a) {
+__global__ void __launch_bounds__(kThreads) weigh_kernel(const TopKArgs a) {
   __shared__ unsigned histogram[kBins];
   const int request = blockIdx.z, kv_head = blockIdx.y, group = a.heads / a.kv_heads;
   const Candidates c = candidates_of(a, request);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(const SelectArgs a) {
   const int64_t head = static_cast<int64_t>(request) * a.heads + kv_head * group;
   unsigned* keys = a.scratch.keys + index * tokens_per_head(a);
   ItemState& item = a.scratch.items[index];
-  const int begin = blockIdx.x * kChunkTokens, end = smaller(begin + kChunkTokens, c.end);
+  const int begin = blockIdx.x * kChunkTokens, end = min(begin + kChunkTokens, c.end);
   clear_bins(histogram);
   for (int position = begin + threadIdx.x * kTokens; position < end; position += kThreads * kTokens) {
     if (position + kTokens <= c.first) continue;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(const SelectArgs a) {
 
 }  // namespace
 
-void weigh(const SelectArgs& a, cudaStream_t stream) {
+void weigh(const TopKArgs& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(static_cast<int64_t>(a.pages) * a.page_size, kChunkTokens)),
                   a.kv_heads, a.requests);
   launch(weigh_kernel, grid, kThreads, stream, a);
