@@ -93,8 +93,15 @@ class BuildKernels(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # no Python module: one file for every Python version
 
+    def run(self) -> None:
+        self.is_local = bool(self.inplace or self.editable_mode)  # run() of the base class resets the first
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         is_cuda = ext.name == cuda_build.LIBRARY
+        if is_cuda and not cuda_build.is_wanted(self.is_local):
+            say_missing("there is no GPU here (VLLM_LRQK_FORCE_CUDA=1 builds them all the same)", "CUDA")
+            return
         try:
             self._build(ext)
         except RuntimeError as error:
@@ -111,7 +118,7 @@ class BuildKernels(build_ext):
         flags = [*FLAGS, f"-I{torch / 'include'}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
         if ext.name == cuda_build.LIBRARY:
             library = Path(self.get_ext_fullpath(ext.name))
-            cuda_build.build(library, Path(self.build_temp) / "cuda", torch, compiler, flags, self._run)
+            cuda_build.build(library, Path(self.build_temp) / "cuda", torch, compiler, flags, self._run, self.is_local)
             return
 
         def build(source: str) -> str:
