@@ -5,7 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-CPP := $(shell find csrc tests/support/cuda_emulation -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
+CPP := $(shell find csrc tests/support -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 
 GPU_PYTHON ?= python
 
