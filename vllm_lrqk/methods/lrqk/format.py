@@ -151,11 +151,6 @@ class FactorPages:
             self.key_factor_mean = view(f.key_factor_mean_offset, f.value_rank, torch.float32)
             """float32 [num_pages, kv_heads, value_rank], in units of the stored elements"""
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes per token, all KV heads together."""
-        return self.raw.shape[1] * self.raw.shape[2] / self.format.page_size
-
     def key_factor(self, pages: torch.Tensor) -> torch.Tensor:
         """Key factors A of some pages: [*pages.shape, kv_heads, page_size, rank], a copy."""
         words = self.key_factor_words[pages]  # [..., KV, r/w, N, w]
