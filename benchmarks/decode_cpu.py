@@ -50,7 +50,7 @@ SECONDS = 2.0
 
 def kernel_test_passes() -> bool:
     """A fast part of the test of the kernels that are measured here."""
-    test = ROOT / "tests" / "test_cpu_kernels_decode.py"
+    test = ROOT / "tests/methods/lrqk/test_cpu_decode.py"
     command = [sys.executable, "-m", "pytest", "-q", str(test), "-k", "ragged_batch or selects_by_peaks or threads"]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 

@@ -1,6 +1,7 @@
 """The table of CUDA kernels, with emulated and interpreted kernels: select, decode, append, seal and prefill."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +129,7 @@ def test_tiles_are_whole_and_in_order() -> None:
 
 
 def test_missing_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_library, "operators", lambda: None)
-    with pytest.raises(RuntimeError, match="no CUDA kernels: install it with nvcc"):
+    monkeypatch.setattr(cuda_library, "load", cuda_library.load.__wrapped__)
+    monkeypatch.setattr(cuda_library, "LIBRARY", Path("/nowhere/_cuda_kernels.so"))
+    with pytest.raises(RuntimeError, match="without its CUDA kernels: install it again with nvcc"):
         cuda.kernels.__wrapped__()

@@ -29,12 +29,10 @@ def kernels(operators: Any | None = None) -> Kernels:
         operators: of the compiled kernels; None: those of this installation.
 
     Raises:
-        RuntimeError: the compiled kernels are missing. Appending, sealing and prefill read and write host memory from
-            the device, which only they can; `vllm_lrqk.methods.lrqk.triton_select` is there without them.
+        RuntimeError: the compiled kernels are missing or do not load. Appending, sealing and prefill read and write
+            host memory from the device, which only they can; `vllm_lrqk.methods.lrqk.triton_select` is there without.
     """
-    operators = operators or cuda_library.operators()
-    if operators is None:
-        raise RuntimeError("vllm-lrqk has no CUDA kernels: install it with nvcc on the path (see docs/cuda.md).")
+    operators = operators or cuda_library.load()
     selector = _Selector(operators)
     return Kernels(
         "cuda",
@@ -87,9 +85,9 @@ class _Selector:
 
 
 def _append_rows(
-    operators: Any, key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slots: torch.Tensor
+    operators: Any, key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    operators.cuda_append(key, value, host, slots, None, None, cuda_library.stream_handle(key.device))
+    operators.cuda_append(key, value, host, slot_mapping, None, None, cuda_library.stream_handle(key.device))
 
 
 def _seal_pages(
