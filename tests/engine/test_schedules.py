@@ -175,7 +175,7 @@ def schedule_engine(request, model):
 
 
 def note_lone_tokens(llm):
-    """Requests whose last prompt token comes alone, after others of the prompt: it decodes, and selects, as on a GPU."""
+    """Requests whose last prompt token comes alone, after others of the prompt: it decodes, and so it selects."""
     noted, schedule = set(), scheduler(llm).schedule
 
     def note(*args, **kwargs):

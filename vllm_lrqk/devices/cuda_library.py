@@ -1,13 +1,11 @@
 """Loads the compiled CUDA kernels: csrc/cuda behind torch.ops.vllm_lrqk."""
 
-import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
 LIBRARY = Path(__file__).parent.parent / "_cuda_kernels.so"
 
 
@@ -33,23 +31,9 @@ def load() -> Any:
     return torch.ops.vllm_lrqk
 
 
-def operators() -> Any | None:
-    """As `load`, but None where that raises; the log says why."""
-    try:
-        return load()
-    except RuntimeError as error:
-        logger.warning("%s", error)
-        return None
-
-
 def stream_handle(device: torch.device) -> int:
     """The current stream of a device as the operators take it."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the device's current stream is being captured into a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -51,12 +51,12 @@ def kernels(name: str | None = None) -> Kernels:
         raise ValueError(f"CPU kernels {name!r} cannot run here; available: {', '.join(available) or 'none'}.")
     names = available[available.index(name) if name else 0 :]
     return Kernels(
-        f"cpu-{names[0]}",
-        partial(_append_rows, names),
-        partial(_seal_pages, names),
-        partial(_select, names),
-        partial(_decode_attention, names),
-        partial(_prefill_attention, names),
+        name=f"cpu-{names[0]}",
+        seal_pages=partial(_seal_pages, names),
+        prefill_attention=partial(_prefill_attention, names),
+        append_rows=partial(_append_rows, names),
+        select=partial(_select, names),
+        decode_attention=partial(_decode_attention, names),
     )
 
 
@@ -196,9 +196,9 @@ def _select(
     positions = torch.empty(len(query), factors.raw.shape[1], capacity, dtype=torch.int32)
     residual = moment = None
     if config.residual != "none" and num_pages > 0:
-        residual = torch.empty(*query.shape[:2], num_pages)
+        residual = torch.empty(*query.shape[:2], num_pages, dtype=torch.float32)
         if config.residual == "linear":
-            moment = torch.zeros(*residual.shape, config.num_value_ranks)
+            moment = torch.zeros(*residual.shape, config.num_value_ranks, dtype=torch.float32)
     torch.ops.vllm_lrqk.cpu_select(
         query,
         factors.raw,

@@ -14,25 +14,12 @@ from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 MAX_RANK = 64
 MAX_HEAD_SIZE = 256
 MAX_TOKENS = 1 << 22
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_config(config: LRQKConfig) -> None:
     """Raise ConfigError where the CUDA kernels do not serve a setting."""
     if config.top_p < 1:
         raise ConfigError(f"lrqk.top_p is {config.top_p:g}, but the CUDA kernels have no adaptive budget: set it to 1.")
-
-
-def is_supported(query: torch.Tensor, factors: FactorPages, block_table: torch.Tensor) -> bool:
-    """Whether the CUDA kernels serve these shapes."""
-    f = factors.format
-    return (
-        query.dtype in DTYPES
-        and f.rank <= MAX_RANK
-        and f.head_size <= MAX_HEAD_SIZE
-        and f.head_size % 8 == 0
-        and block_table.shape[1] * f.page_size < MAX_TOKENS
-    )
 
 
 class SelectWorkspace:
@@ -64,19 +51,14 @@ class SelectWorkspace:
         self._state = torch.zeros(state, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(scratch, dtype=torch.uint8, device=device)
         self._positions = torch.empty(max_requests * kv_heads * config.attended_rows, dtype=torch.int32, device=device)
-        self._residual = torch.empty(max_requests * heads * max_pages, device=device)
+        self._residual = torch.empty(max_requests * heads * max_pages, dtype=torch.float32, device=device)
         moments = max_requests * heads * max_pages * config.num_value_ranks
-        self._moment = torch.empty(moments, device=device)
+        self._moment = torch.empty(moments, dtype=torch.float32, device=device)
 
     @property
     def nbytes(self) -> int:
         buffers = (self._state, self._scratch, self._positions, self._residual, self._moment)
         return sum(x.nbytes for x in buffers)
-
-    def fits(self, query: torch.Tensor, block_table: torch.Tensor, kv_heads: int, config: LRQKConfig) -> bool:
-        """Whether a call with these arguments has room."""
-        same = (self.heads, self.kv_heads, self.config) == (query.shape[1], kv_heads, config)
-        return same and len(query) <= self.max_requests and block_table.shape[1] <= self.max_pages
 
     def select(
         self,

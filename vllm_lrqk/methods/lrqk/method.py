@@ -14,7 +14,7 @@ from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts
 from vllm_lrqk.devices import cuda_library
 from vllm_lrqk.methods.lrqk.cpu_decoders import TALLIES, HotDecoder, InPlaceDecoder
 from vllm_lrqk.methods.lrqk.cuda_select import MAX_HEAD_SIZE, MAX_RANK, MAX_TOKENS, check_config
-from vllm_lrqk.methods.lrqk.dispatch import kernels_for
+from vllm_lrqk.methods.lrqk.dispatch import host_kernels
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.layer import Decoder, LRQKLayer
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
@@ -54,11 +54,10 @@ class LRQK(Method):
 
     def _check_cuda(self, model: ModelFacts) -> None:
         config = self.settings
-        if not cuda_library.LIBRARY.exists():
-            raise ConfigError(
-                "vllm-lrqk was installed without its CUDA kernels: "
-                "install it again with nvcc on the path (docs/cuda.md)."
-            )
+        try:
+            cuda_library.load()
+        except RuntimeError as error:
+            raise ConfigError(str(error)) from error
         if config.hot_cache is False:
             raise ConfigError('lrqk.hot_cache is false, but a GPU needs the hot cache: set it to "auto".')
         if config.rank > MAX_RANK:
@@ -124,7 +123,7 @@ class LRQK(Method):
             hot = DeviceHotCache(operators, memory.request_blocks, hot_format, len(memory.host), tallies[:2])
             decoder: Decoder = CudaDecoder(factors, memory.host, hot, workspace, shape.scale)
             return layer(decoder=decoder, kernels=cuda.kernels(operators))
-        kernels = kernels_for(memory.host.device)
+        kernels = host_kernels()
         rest = (kernels, shape.scale, self.settings, tallies)
         if memory.request_blocks is None:
             decoder = InPlaceDecoder(factors, memory.host, *rest)
