@@ -9,8 +9,8 @@ from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, relative_error
 from lola_cases import Tokens, kept_positions, make_memory, make_rules, make_tokens
 
 from vllm_lrqk.methods.lola.attention import Rules
+from vllm_lrqk.methods.lola.dispatch import force_kernels
 from vllm_lrqk.methods.lola.format import Memory
-from vllm_lrqk.methods.lola.kernels import force_kernels
 from vllm_lrqk.methods.lola.settings import LolaSettings
 
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="CPU kernels are not built")

@@ -7,9 +7,9 @@ from vllm_lrqk.core.layer import Layer, LayerPlace, LayerShape
 from vllm_lrqk.core.step import PrefillChunk, Step
 from vllm_lrqk.methods.lola.attention import Rules
 from vllm_lrqk.methods.lola.directions import load_directions, random_directions
+from vllm_lrqk.methods.lola.dispatch import kernels_for
 from vllm_lrqk.methods.lola.feature_maps import load_feature_maps, map_shapes
 from vllm_lrqk.methods.lola.format import Memory, MemoryFormat
-from vllm_lrqk.methods.lola.kernels import kernels_for
 from vllm_lrqk.methods.lola.settings import LolaSettings
 from vllm_lrqk.methods.lola.state import HedgehogState, NoState, SlopeState, State
 
