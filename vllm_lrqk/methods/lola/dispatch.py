@@ -17,6 +17,10 @@ def kernels_for(device: torch.device) -> Kernels:
     forced = _forced.get()
     if forced is not None:
         return forced
+    if device.type == "cuda":
+        from vllm_lrqk.methods.lola import cuda
+
+        return cuda.kernels(torch.cuda.get_device_properties(device).multi_processor_count)
     return cpu.kernels() if device.type == "cpu" else TORCH
 
 

@@ -26,8 +26,10 @@ class Lola(Method):
 
     def check(self, model: ModelFacts) -> None:
         memory(self.settings, model.head_size, torch.float32, model.heads // model.kv_heads)
-        if self.device_type != "cpu":
-            raise ConfigError("LOLA runs on the CPU only: serve this model with another attention backend.")
+        if self.device_type != "cpu" and self.settings.state == "hedgehog":
+            raise ConfigError(
+                'lola.state is "hedgehog", but only the CPU platform serves it: set it to "slope" or "none".'
+            )
 
     def plan(self, head_size: int, dtype: torch.dtype, group: int) -> MemoryPlan:
         size = memory(self.settings, head_size, dtype, group)
