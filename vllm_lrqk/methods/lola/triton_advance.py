@@ -14,8 +14,8 @@ from vllm_lrqk.methods.lola.attention import Rules
 from vllm_lrqk.methods.lola.format import Memory
 from vllm_lrqk.methods.lola.state import LEAST_VARIANCE, RIDGE, SlopeState
 
-TILE = 64
-"""Rows at a time."""
+TILE = 32
+"""Rows at a time: float32 products of more would not fit into the shared memory of smaller GPUs."""
 
 
 @triton.jit

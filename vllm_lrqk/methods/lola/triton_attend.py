@@ -198,7 +198,7 @@ def attend(
         CHUNK=settings.chunk,
         CACHE=settings.cache,
         CACHE_SHIFT=(layout.cache_offset - layout.ring_offset) // layout.dtype.itemsize,
-        ROWS=TILE,
+        ROWS=TILE if query.element_size() == 2 else TILE // 2,
         DOT=dot,
         num_warps=4,
     )
