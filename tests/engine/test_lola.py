@@ -16,6 +16,10 @@ def model(models):
     return tiny_llama(models, 4, 2, 64)
 
 
+def lola(model, values=SMALL, **settings):
+    return engine(model, values, "LOLA", **({"kv_cache_memory_bytes": 1 << 26} | settings))
+
+
 def tokens(llm, prompts, count=24):
     return [list(output.token_ids) for output in greedy(llm, prompts, count)]
 
@@ -23,7 +27,7 @@ def tokens(llm, prompts, count=24):
 @pytest.fixture(scope="module")
 def alone(model):
     """Whole prompts, one at a time."""
-    with engine(model, SMALL, "LOLA", max_num_seqs=1) as llm:
+    with lola(model, max_num_seqs=1) as llm:
         return [tokens(llm, [prompt])[0] for prompt in token_prompts(LENGTHS)]
 
 
@@ -31,7 +35,7 @@ def test_a_window_over_all_tokens_is_dense(model):
     prompts = token_prompts([1, 63, 500])
     with engine(model) as llm:
         dense = tokens(llm, prompts)
-    with engine(model, {"window": 1024}, "LOLA") as llm:
+    with lola(model, {"window": 1024}) as llm:
         assert tokens(llm, prompts) == dense
 
 
@@ -45,15 +49,15 @@ def test_a_window_over_all_tokens_is_dense(model):
     ids=["batch", "chunks of 256", "chunks of 60"],
 )
 def test_schedules_do_not_show(model, alone, settings):
-    with engine(model, SMALL, "LOLA", **settings) as llm:
+    with lola(model, **settings) as llm:
         assert tokens(llm, token_prompts(LENGTHS)) == alone
 
 
 def test_small_memory_does_not_show(model, alone):
     """Room for two requests: the others wait, and take over blocks that are full of others' memory."""
-    with engine(model, SMALL, "LOLA", max_num_seqs=8) as llm:
+    with lola(model) as llm:
         block = scheduler(llm).kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
-    with engine(model, SMALL, "LOLA", max_num_seqs=8, kv_cache_memory_bytes=2 * 3 * block) as llm:
+    with lola(model, kv_cache_memory_bytes=2 * 3 * block) as llm:
         assert scheduler(llm).kv_cache_manager.block_pool.num_gpu_blocks == 3  # one is vLLM's null block
         for _ in range(2):
             assert tokens(llm, token_prompts(LENGTHS)) == alone
@@ -64,7 +68,7 @@ def test_a_request_takes_one_block_however_long_it_is(model, length):
     from vllm import SamplingParams
 
     parameters = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
-    with engine(model, SMALL, "LOLA") as llm:
+    with lola(model) as llm:
         pool, used = scheduler(llm).kv_cache_manager.block_pool, set()
         llm.llm_engine.add_request("one", token_prompts([length])[0], parameters)
         while llm.llm_engine.has_unfinished_requests():

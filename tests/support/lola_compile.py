@@ -5,7 +5,9 @@ Its own process: in the tests' process Triton interprets.
 
 import json
 import sys
+from itertools import product
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -24,7 +26,13 @@ def advance_source(dtype: str, rank: int, is_decode: bool) -> ASTSource:
     signature |= dict.fromkeys(("key_mean", "value_mean", "cross_moment", "second_moment", "directions"), "*fp32")
     signature |= {"scores": "*fp32", "targets": "*i32", "blocks": "*i32", "positions": "*i32", "seq_lens": "*i32"}
     signature |= {"ridge": "fp32", "least_variance": "fp32"}
-    constants = COMMON | {"RANK": rank, "SINKS": 4, "IS_RANDOM": False, "N": 512, "ROWS": triton_advance.TILE}
+    constants = COMMON | {
+        "RANK": rank,
+        "SINKS": 4,
+        "IS_RANDOM": False,
+        "N": 512,
+        "ROWS": triton_advance.tile_rows(getattr(torch, dtype)),
+    }
     constants |= {} if is_decode else {"seq_lens": None}
     return make_source(triton_advance._advance_kernel, signature, constants)
 
@@ -36,7 +44,11 @@ def attend_source(dtype: str, rank: int, is_decode: bool) -> ASTSource:
     signature |= dict.fromkeys(("key_mean", "value_mean", "cross_moment", "directions"), "*fp32")
     signature |= dict.fromkeys(("part_output", "part_max", "part_sum"), "*fp32")
     signature |= {"blocks": "*i32", "seq_lens": "*i32", "scale": "fp32"}
-    constants = COMMON | {"RANK": rank, "GROUP": 4, "M": 16 if is_decode else 64}
+    constants = COMMON | {
+        "RANK": rank,
+        "GROUP": 4,
+        "M": 16 if is_decode else triton_attend.query_rows(getattr(torch, dtype)),
+    }
     constants["ROWS"] = triton_attend.TILE // (2 if dtype == "float32" else 1)
     constants |= {"DOT": getattr(triton.language, dtype)} | ({} if is_decode else {"seq_lens": None})
     return make_source(triton_attend._attend_kernel, signature, constants)
@@ -44,19 +56,17 @@ def attend_source(dtype: str, rank: int, is_decode: bool) -> ASTSource:
 
 def main() -> None:
     for capability in map(int, sys.argv[1:]):
-        for dtype in ("bfloat16", "float32"):
-            for rank in (16, 0):
-                for is_decode in (True, False):
-                    for name, make in (("advance", advance_source), ("attend", attend_source)):
-                        target = GPUTarget("cuda", capability, 32)
-                        compiled = triton.compile(make(dtype, rank, is_decode), target=target, options={"num_warps": 4})
-                        result = {
-                            "kernel": f"{name} {dtype} rank {rank} {'decode' if is_decode else 'prefill'}",
-                            "capability": capability,
-                            "shared_bytes": compiled.metadata.shared,
-                            "cubin_bytes": len(compiled.asm["cubin"]),
-                        }
-                        print(json.dumps(result), flush=True)
+        for dtype, is_decode in product(("bfloat16", "float32"), (True, False)):
+            for name, make in (("advance", advance_source), ("attend", attend_source)):
+                target = GPUTarget("cuda", capability, 32)
+                compiled = triton.compile(make(dtype, 16, is_decode), target=target, options={"num_warps": 4})
+                result = {
+                    "kernel": f"{name} {dtype} {'decode' if is_decode else 'prefill'}",
+                    "capability": capability,
+                    "shared_bytes": compiled.metadata.shared,
+                    "cubin_bytes": len(compiled.asm["cubin"]),
+                }
+                print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

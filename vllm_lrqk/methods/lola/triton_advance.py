@@ -14,9 +14,6 @@ from vllm_lrqk.methods.lola.attention import Rules
 from vllm_lrqk.methods.lola.format import Memory
 from vllm_lrqk.methods.lola.state import LEAST_VARIANCE, RIDGE, SlopeState
 
-TILE = 32
-"""Rows at a time: float32 products of more would not fit into the shared memory of smaller GPUs."""
-
 
 @triton.jit
 def row_offset(i, cached, first, RING: tl.constexpr, CACHE_SHIFT: tl.constexpr, HEAD_SIZE: tl.constexpr):
@@ -257,6 +254,11 @@ def _advance_kernel(
         tl.store(rows + at + HEAD_SIZE, v, mask=mask)
 
 
+def tile_rows(dtype: torch.dtype) -> int:
+    """Rows at a time: products in float32 of more would not fit into the 99 KiB that smaller GPUs share."""
+    return 64 // dtype.itemsize
+
+
 class Workspace:
     """Working memory of `advance` for up to so many requests."""
 
@@ -329,6 +331,6 @@ def advance(
         IS_RANDOM=settings.select == "random",
         CACHE_SHIFT=(layout.cache_offset - layout.ring_offset) // layout.dtype.itemsize,
         N=triton.next_power_of_2(settings.cache + settings.chunk),
-        ROWS=TILE,
+        ROWS=tile_rows(key.dtype),
         num_warps=4,
     )

@@ -136,6 +136,11 @@ def _attend_kernel(
     )
 
 
+def query_rows(dtype: torch.dtype) -> int:
+    """Tokens times query heads that one program of a prefill takes."""
+    return 128 // dtype.itemsize
+
+
 def attend(
     query: torch.Tensor,
     memory: Memory,
@@ -163,7 +168,7 @@ def attend(
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(query.dtype, tl.float32)
     if IS_INTERPRETED:  # the interpreter multiplies the bits of bfloat16
         dot = tl.float32
-    queries = max(16, triton.next_power_of_2(group), 64 if tokens > 1 else 1)
+    queries = max(16, triton.next_power_of_2(group), query_rows(query.dtype) if tokens > 1 else 1)
     grid = (requests * memory.heads, parts.output.shape[1], triton.cdiv(tokens, queries // group))
     _attend_kernel[grid](
         query,
