@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/args.h"
+#include "cpu/lola/args.h"
 #include "cpu/lrqk/args.h"
 
 namespace lrqk {
@@ -14,6 +15,10 @@ struct KernelTable {
   int vector_elements;  // the head size must be a multiple of twice this
   void (*append)(const AppendArgs&, const Parallel&);
   void (*prefill)(const PrefillArgs&, const Parallel&);
+  struct {
+    void (*decode)(const LolaArgs&, const Parallel&);
+    void (*prefill)(const LolaArgs&, const Parallel&);
+  } lola;
   struct {
     void (*decode)(const DecodeArgs&, const Parallel&);
     void (*seal)(const SealArgs&, const Parallel&);

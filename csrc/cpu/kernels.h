@@ -3,6 +3,8 @@
 
 #include "cpu/append.h"
 #include "cpu/dispatch.h"
+#include "cpu/lola/decode.h"
+#include "cpu/lola/prefill.h"
 #include "cpu/lrqk/decode.h"
 #include "cpu/lrqk/low_rank_scorer.h"
 #include "cpu/lrqk/seal.h"
@@ -15,6 +17,7 @@ constexpr KernelTable kKernels = {
     .vector_elements = W,
     .append = append,
     .prefill = prefill,
+    .lola = {.decode = lola::decode, .prefill = lola::prefill},
     .lrqk = {.decode = decode<LowRankScorer>, .seal = seal},
 };
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:  # every process of vLLM loads the plugin: names alone must co
 
 METHODS = {
     "LRQK": "vllm_lrqk.methods.lrqk.method:LRQK",
+    "LOLA": "vllm_lrqk.methods.lola.method:Lola",
 }
 """Backend name and class of each method."""
 
