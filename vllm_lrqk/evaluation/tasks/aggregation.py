@@ -20,9 +20,9 @@ def variable_tracking(rng: random.Random, length: int, questions: int) -> Draft:
     filler = prose(rng)
     instruction = "Memorize and track the chain of variable assignments hidden in the following text."
     question = Question(
-        f"Question: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
-        f"chain of variable assignment in the text above, {len(names)} variables are assigned the value {value}, "
-        "they are:",
+        f"Question: Find all variables that are assigned the value {value} in the text above.",
+        f"Answer: According to the chain of variable assignment in the text above, {len(names)} variables are assigned "
+        f"the value {value}, they are:",
         f" {listing(names)}.",
         tuple(names),
     )
@@ -54,7 +54,7 @@ def common_words(rng: random.Random, length: int, questions: int) -> Draft:
         )
 
     question = Question(
-        f"Question: What are the {count} most common words in the above list? "
+        f"Question: What are the {count} most common words in the above list?",
         f"Answer: The top {count} words that appear most often in the list are:",
         f" {listing(common)}.",
         tuple(common),
@@ -81,8 +81,8 @@ def frequent_words(rng: random.Random, length: int, questions: int) -> Draft:
 
     question = Question(
         "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
-        "appeared words in the above coded text? Answer: According to the coded text above, "
-        "the three most frequently appeared words are:",
+        "appeared words in the above coded text?",
+        "Answer: According to the coded text above, the three most frequently appeared words are:",
         f" {listing(words[1:4])}.",
         tuple(words[1:4]),
     )

@@ -1,5 +1,6 @@
-"""Questions over short documents (the form of RULER's QA, arXiv 2404.06654, section 3.4), written on the spot."""
+"""Questions over short documents (the form of RULER's QA, arXiv 2404.06654, section 3.4), and all facts of a text."""
 
+import json
 import random
 
 from vllm_lrqk.evaluation.tasks.sample import Draft, Question
@@ -12,6 +13,7 @@ from vllm_lrqk.evaluation.tasks.words import (
     TOWN_ENDINGS,
     Stream,
     distinct,
+    prose,
     scatter,
 )
 
@@ -27,14 +29,20 @@ class _People:
         self._rng = rng
         self._names: set[str] = set()
 
-    def document(self) -> tuple[str, list[tuple[str, str]]]:
-        """A document and the questions and answers about it."""
+    def name(self) -> str:
         choice = self._rng.choice
         # Two last names where the text is so long that there are more people than names.
         many = len(self._names) >= len(FIRST_NAMES) * len(LAST_NAMES) // 2
         parts = [FIRST_NAMES, LAST_NAMES, *[LAST_NAMES] * many]
-        name = distinct(lambda: " ".join(map(choice, parts)), self._names)
-        town = choice(TOWN_BEGINNINGS) + choice(TOWN_ENDINGS)
+        return distinct(lambda: " ".join(map(choice, parts)), self._names)
+
+    def town(self) -> str:
+        return self._rng.choice(TOWN_BEGINNINGS) + self._rng.choice(TOWN_ENDINGS)
+
+    def document(self) -> tuple[str, list[tuple[str, str]]]:
+        """A document and the questions and answers about it."""
+        choice = self._rng.choice
+        name, town = self.name(), self.town()
         occupation, instrument = choice(OCCUPATIONS), choice(INSTRUMENTS)
         facts = [
             (f"{name} lives in {town}.", f"Where does {name} live?", town),
@@ -58,5 +66,27 @@ def questions_over_documents(rng: random.Random, length: int, questions: int) ->
         documents = scatter(others.take(units), inserts, "\n")
         return f"{INSTRUCTION}\n\nThe following are given documents.\n\n{documents}\n\n{INSTRUCTION}\n\n"
 
-    posed = [Question(f"Question: {text} Answer:", f" {answer}.", (answer,)) for text, answer in chosen]
+    posed = [Question(f"Question: {text}", "Answer:", f" {answer}.", (answer,)) for text, answer in chosen]
     return Draft(context, tuple(posed))
+
+
+def text_to_json(rng: random.Random, length: int, questions: int) -> Draft:
+    """Facts about many people in prose, all to be written down in one answer, in the order of the text.
+
+    The form of Text2JSON (arXiv 2604.08426): every answer depends on many places of the context at once.
+    """
+    people = _People(rng)
+    count = 4 if length < 1024 else 8 if length < 4096 else 16
+    towns = {people.name(): people.town() for _ in range(count)}
+    depths = sorted(rng.random() for _ in towns)
+    inserts = [(depth, f"{name} lives in {town}.") for depth, (name, town) in zip(depths, towns.items())]
+    filler = prose(rng)
+    instruction = "The following text says where some people live. Memorize the town of each of them."
+    question = Question(
+        "Question: Where do the people in the text above live? Write a JSON object with the name and the town of each "
+        'person, such as {"John Doe": "Townsville"}.',
+        "Answer: The JSON object with the towns of all people in the text above, in the order of the text, is",
+        f" {json.dumps(towns)}.",
+        tuple(f"{name}: {town}" for name, town in towns.items()),
+    )
+    return Draft(lambda units: f"{instruction}\n{scatter(filler.take(units), inserts)}\n", (question,))
