@@ -1,7 +1,7 @@
 # make run    set everything up and answer a needle question through a real server
 # make test   set everything up, lint and test
 # make test-gpu   build the CUDA kernels and test them; needs a GPU, nvcc, torch, triton, pytest and setuptools, no vLLM
-# make bench  the tables of docs/performance.md and docs/quality.md (about half an hour)
+# make bench  the tables of docs/performance.md and docs/measurements.md (about half an hour)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -24,6 +24,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup
 	$(BIN)/ruff format .

@@ -3,7 +3,7 @@
     python benchmarks/attention_error.py --sets s1 s2 s3 s4 --json errors.json
 
 Every configuration decodes the same steps after the same prompt. The error is the mean over steps and query heads
-of |o - o_dense| / |o_dense|. GPU bytes are factors plus hot rows (see docs/quality.md).
+of |o - o_dense| / |o_dense|. GPU bytes are factors plus hot rows (see docs/measurements.md).
 """
 
 import argparse

@@ -76,9 +76,9 @@ def pack_cache(host: torch.Tensor) -> torch.Tensor:
     key_cache, value_cache = cache.chunk(2, dim=2)
     for page in range(pool):
         rows = host[page].transpose(0, 1).contiguous()  # [N, KV, 2, d]
-        slots = torch.arange(page * n, (page + 1) * n)
+        slot_mapping = torch.arange(page * n, (page + 1) * n)
         isa = _get_attn_isa(host.dtype, n, HEAD_SIZE)
-        vllm_ops.cpu_attn_reshape_and_cache(rows[:, :, 0], rows[:, :, 1], key_cache, value_cache, slots, isa)
+        vllm_ops.cpu_attn_reshape_and_cache(rows[:, :, 0], rows[:, :, 1], key_cache, value_cache, slot_mapping, isa)
     return cache
 
 

@@ -8,13 +8,12 @@ import torch
 from cuda_workload import Shape, Workload, make_workload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vllm_lrqk.core.attend import attend
 from vllm_lrqk.devices import cuda_library, triton_parts
 from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
 from vllm_lrqk.devices.pinned import PinnedMemory, device_address
 from vllm_lrqk.methods.lrqk import cuda, triton_attend
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
-from vllm_lrqk.methods.lrqk.decode import decode_attention
+from vllm_lrqk.methods.lrqk.decode import attend_selection, decode_attention
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
@@ -113,11 +112,11 @@ class Bench:
         row["select_bandwidth_share"] = share
         row["attend_ms"] = self.milliseconds(step.attend)
         for rate in self.miss_rates:
-            row[f"resolve_ms {rate:g}"] = self.milliseconds(step.locate, lambda rate=rate: step.forget(rate))
+            row[f"resolve_ms {rate:g}"] = self.milliseconds(step.resolve, lambda rate=rate: step.forget(rate))
 
             def prepare(rate: float = rate) -> None:
                 step.forget(rate)
-                step.locate()
+                step.resolve()
 
             row[f"fetch_ms {rate:g}"] = fetch = self.milliseconds(step.fetch, prepare)
             missed = int(step.resolved.miss_count.sum()) * step.hot.format.row_bytes
@@ -180,14 +179,14 @@ class StepUnderTest:
     def run(self) -> None:
         w = self.w
         self.selection = self.path.step(
-            w.query, w.key, w.value, w.slots, w.host, w.factors, self.hot, w.block_table, self.hot_blocks,
+            w.query, w.key, w.value, w.slot_mapping, w.host, w.factors, self.hot, w.block_table, self.hot_blocks,
             w.seq_lens, w.scale, self.output,
         )  # fmt: skip
 
-    def locate(self) -> None:
+    def resolve(self) -> None:
         w = self.w
         page_size = w.config.page_size
-        self.hot.locate(self.selection.rows, w.block_table, w.seq_lens, self.hot_blocks, page_size, self.resolved)
+        self.hot.resolve(self.selection.rows, w.block_table, w.seq_lens, self.hot_blocks, page_size, self.resolved)
 
     def fetch(self) -> None:
         self.hot.fetch(self.w.host, self.w.key, self.w.value, self.resolved)
@@ -197,7 +196,7 @@ class StepUnderTest:
         self._chance.uniform_()
         self.hot.tag.sub_((self._chance < rate).int())  # a tag of another row and generation
 
-    def attend(self) -> None:
+    def attend_selection(self) -> None:
         w, parts = self.w, self.path._parts
         splits = self.path._splits(w.shape.batch)
         parts = parts.cut(w.shape.batch * w.shape.kv_heads, splits)
@@ -213,7 +212,7 @@ class StepUnderTest:
         n = w.config.page_size
         page = table.gather(1, (rows.clamp_min(0) // n).flatten(1)).view_as(rows)
         rows_kv = w.host[page, head, rows.clamp_min(0) % n].to(w.query.device)
-        expected = attend(w.query, rows_kv, self.selection, w.factors, w.block_table, w.scale)
+        expected = attend_selection(w.query, rows_kv, self.selection, w.factors, w.block_table, w.scale)
         return float((self.output.float() - expected).norm() / expected.norm())
 
 

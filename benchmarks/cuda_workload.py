@@ -71,7 +71,7 @@ class Workload:
     """int32 [B, P], pages in random order"""
     seq_lens: torch.Tensor
     """int32 [B]"""
-    slots: torch.Tensor
+    slot_mapping: torch.Tensor
     """int64 [B], where the current tokens are stored"""
 
     @property
@@ -120,7 +120,7 @@ def make_workload(
     order = torch.randperm(total, generator=generator, device=device).int().view(shape.batch, pages)
     lens = torch.full((shape.batch,), shape.length, dtype=torch.int32, device=device)
     last = shape.length - 1
-    slots = order[:, last // n].long() * n + last % n
+    slot_mapping = order[:, last // n].long() * n + last % n
     key, value = normal(2, shape.batch, kv_heads, d).to(shape.dtype)
     query = interest.flatten(1, 2).to(shape.dtype)
-    return Workload(shape, config, host, factors, query, key, value, order, lens, slots)
+    return Workload(shape, config, host, factors, query, key, value, order, lens, slot_mapping)

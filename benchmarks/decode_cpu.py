@@ -37,8 +37,9 @@ from cpu_layers import (  # noqa: E402
     relative_error,
 )
 
-from vllm_lrqk.methods.lrqk.kernels import kernels_for  # noqa: E402
-from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig  # noqa: E402
+from vllm_lrqk.core.config import ConfigError  # noqa: E402
+from vllm_lrqk.methods.lrqk.dispatch import kernels_for  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 
 DTYPE = torch.bfloat16
 COLD_BYTES = 128 << 20

@@ -29,9 +29,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from cpu_layers import HEAD_SIZE, HEADS, KV_HEADS, SCALE, CpuAttn, relative_error  # noqa: E402
 
 from vllm_lrqk.core.host_pages import allocate_host_pages  # noqa: E402
-from vllm_lrqk.core.prefill import prefill_attention, query_grams  # noqa: E402
+from vllm_lrqk.core.prefill import prefill_attention  # noqa: E402
+from vllm_lrqk.methods.lrqk.dispatch import kernels_for  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
-from vllm_lrqk.methods.lrqk.kernels import kernels_for  # noqa: E402
+from vllm_lrqk.methods.lrqk.seal import query_grams  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 
 DTYPE = torch.bfloat16
@@ -52,7 +53,7 @@ class Prompt:
         page_format = PageFormat.from_config(config, HEAD_SIZE)
         self.factors = FactorPages(torch.zeros(pages, KV_HEADS, page_format.page_bytes, dtype=torch.uint8), page_format)
         self.table = torch.arange(pages, dtype=torch.int32)
-        self.slots = torch.arange(length)
+        self.slot_mapping = torch.arange(length)
         self.chunks = list(pairwise([*range(0, length, chunk), length]))
         self.kernels = kernels_for(torch.device("cpu"))
         self.output = torch.empty(chunk, HEADS, HEAD_SIZE, dtype=DTYPE)
@@ -63,7 +64,7 @@ class Prompt:
             tokens, output = slice(start, end), self.output[: end - start]
             query, key, value = self.query[tokens], self.key[tokens], self.value[tokens]
             with _Timer(spent, "append"):
-                self.kernels.append_rows(key, value, self.host, self.slots[tokens])
+                self.kernels.append_rows(key, value, self.host, self.slot_mapping[tokens])
             with _Timer(spent, "attention"):
                 self.kernels.prefill_attention(query, key, value, self.host, self.table, start, SCALE, output)
             with _Timer(spent, "sealing"):
@@ -87,7 +88,7 @@ class Prompt:
             attention = CpuAttn([end - start], torch.tensor([end], dtype=torch.int32), DTYPE, KV_HEADS, HEADS)
             with _Timer(spent, "append"):
                 vllm_ops.cpu_attn_reshape_and_cache(
-                    self.key[tokens], self.value[tokens], key_cache, value_cache, self.slots[tokens], isa
+                    self.key[tokens], self.value[tokens], key_cache, value_cache, self.slot_mapping[tokens], isa
                 )
             with _Timer(spent, "attention"):
                 attention(self.query[tokens], self.cache, self.table[None], output)

@@ -1,16 +1,15 @@
-"""Entry point `vllm.general_plugins`: makes vLLM know the name LRQK, and nothing else.
+"""Entry point `vllm.general_plugins`: makes vLLM know the methods' names, and nothing else.
 
-vLLM calls it in every process, possibly several times; an exception here would stop engines that do not use LRQK.
+vLLM calls it in every process, possibly several times; an exception here would stop engines that use no method of ours.
 """
 
+from vllm_lrqk import names
 from vllm_lrqk.integration import compat
-
-BACKEND = "LRQK"
-HOT_BACKEND = "LRQK_HOT"
+from vllm_lrqk.methods import METHODS
 
 
 def register() -> None:
-    """Register the backends and the two hooks that act only where LRQK is chosen."""
+    """Register the backends and the two hooks that act only where one of them is chosen."""
     version = compat.vllm_version()
     if version is not None and version < compat.MINIMUM_VLLM:
         needed = ".".join(map(str, compat.MINIMUM_VLLM))
@@ -18,10 +17,11 @@ def register() -> None:
             "vllm-lrqk needs vLLM %s or later and is not available in %s.", needed, ".".join(map(str, version))
         )
         return
-    compat.register_backend(BACKEND, "vllm_lrqk.integration.backend.LRQKBackend")
-    compat.register_backend(HOT_BACKEND, "vllm_lrqk.integration.backend.HotBackend")
+    for method in METHODS:
+        compat.register_backend(method, names.backend_path(method))
+    compat.register_backend(names.REQUEST_BACKEND, "vllm_lrqk.integration.request_blocks.RequestBackend")
     compat.wrap_check_and_update_config(_after_platform_check)
-    compat.wrap_cpu_backend_selection(BACKEND, _select_on_cpu)
+    compat.wrap_cpu_backend_selection(METHODS, _select_on_cpu)
 
 
 def _after_platform_check(vllm_config: object) -> None:

@@ -5,9 +5,10 @@ import pytest
 import torch
 from batches import Batch, make_batch, token_proxies
 
-from vllm_lrqk.core.attend import attend, gather_rows
-from vllm_lrqk.methods.lrqk.decode import decode_attention
-from vllm_lrqk.methods.lrqk.score import Selection, select
+from vllm_lrqk.core.attend import gather_rows
+from vllm_lrqk.core.selection import Selection
+from vllm_lrqk.methods.lrqk.decode import attend_selection, decode_attention
+from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 CONFIG = LRQKConfig(rank=8, page_size=16, top_k=20, recent_tokens=5, sink_tokens=3)
@@ -141,7 +142,7 @@ def test_unused_places_may_be_anywhere():
     """Rows in any order with -1 in between, over rows that hold NaN, give the same output."""
     batch = make_batch([40], CONFIG)
     rows = torch.arange(40).expand(1, 2, -1)
-    plain = attend(
+    plain = attend_selection(
         batch.query,
         gather_rows(batch.host, batch.block_table, rows),
         Selection(rows.int(), None),
@@ -153,6 +154,8 @@ def test_unused_places_may_be_anywhere():
     padded = torch.cat([rows, torch.full((1, 2, 10), -1)], -1)[..., order]
     rows_kv = gather_rows(batch.host, batch.block_table, padded)
     rows_kv[(padded < 0)] = torch.nan
-    mixed = attend(batch.query, rows_kv, Selection(padded.int(), None), batch.factors, batch.block_table, batch.scale)
+    mixed = attend_selection(
+        batch.query, rows_kv, Selection(padded.int(), None), batch.factors, batch.block_table, batch.scale
+    )
     torch.testing.assert_close(mixed, plain)
     torch.testing.assert_close(plain[0].double(), dense(batch, 0), rtol=1e-4, atol=1e-5)

@@ -7,13 +7,14 @@ import torch
 from engines import engine, greedy, tiny_llama, token_prompts
 from startup import start
 
-from vllm_lrqk.core.capture import CaptureError, LayerCapture, LayerShape, read_capture
+from vllm_lrqk.core.capture import CaptureError, LayerCapture, read_capture
+from vllm_lrqk.core.config import ConfigError
+from vllm_lrqk.core.layer import LayerShape
 from vllm_lrqk.core.step import build_step
 from vllm_lrqk.evaluation.attention.decoding import dense_decode
 from vllm_lrqk.evaluation.attention.sources import captured_sequences
 from vllm_lrqk.integration.checks import check_model
-from vllm_lrqk.integration.startup import read_config
-from vllm_lrqk.methods.lrqk.settings import ConfigError
+from vllm_lrqk.integration.settings import make_method
 
 TOKENS = 12
 SHAPE = LayerShape(4, 2, 8, "float32", 8**-0.5)
@@ -83,9 +84,9 @@ def capture_of(folder, tokens=5, layers=("a", "b"), limit=100):
         for first, count in ((0, tokens), (tokens, 1)):
             step = build_step(
                 [0, count],
-                torch.tensor([first + count], dtype=torch.int32),
-                [first == 0],
+                [first + count],
                 torch.tensor([[3]], dtype=torch.int32),
+                torch.tensor([first + count], dtype=torch.int32),
                 torch.arange(count),
                 16,
             )
@@ -152,12 +153,12 @@ def test_a_step_beyond_the_limit_is_not_written(tmp_path):
 
 def test_refused_off_the_cpu(models, tmp_path):
     config = start(tiny_llama(models, 4, 2, 64), {"capture": str(tmp_path)}, enable_prefix_caching=False)
-    check_model(config, read_config(config))
+    check_model(config, make_method("LRQK", config.additional_config, config.device_config.device_type))
     config.device_config.device_type = "cuda"
     with pytest.raises(
         ConfigError, match=r"^lrqk\.capture is '.*', but only the CPU platform captures: leave it out\.$"
     ):
-        check_model(config, read_config(config))
+        check_model(config, make_method("LRQK", config.additional_config, config.device_config.device_type))
 
 
 @pytest.mark.parametrize(

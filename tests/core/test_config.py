@@ -2,7 +2,8 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
+from vllm_lrqk.core.config import ConfigError
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 BAD_VALUES = {
     "rank": [3, 0, 18, 16.0, "16", True, None],

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from vllm_lrqk.core import prefill
-from vllm_lrqk.core.prefill import append_rows, merge, prefill_attention, query_grams
+from vllm_lrqk.core.host_pages import append_rows
+from vllm_lrqk.core.prefill import merge, prefill_attention
+from vllm_lrqk.methods.lrqk.seal import query_grams
 
 PAGE_SIZE = 16
 TOKENS = 131
@@ -39,8 +41,8 @@ def chunked(
     for end in ends:
         chunk = slice(start, end)
         position = torch.arange(start, end)
-        slots = pages.long()[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
-        append_rows(key[chunk], value[chunk], host, slots)
+        slot_mapping = pages.long()[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+        append_rows(key[chunk], value[chunk], host, slot_mapping)
         scale = query.shape[-1] ** -0.5
         prefill_attention(query[chunk], key[chunk], value[chunk], host, pages, start, scale, output[chunk])
         start = end

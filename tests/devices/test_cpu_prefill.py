@@ -4,8 +4,9 @@ import pytest
 import torch
 from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, relative_error
 
-from vllm_lrqk.core.prefill import append_rows, prefill_attention
-from vllm_lrqk.methods.lrqk.kernels import force_kernels
+from vllm_lrqk.core.host_pages import append_rows
+from vllm_lrqk.core.prefill import prefill_attention
+from vllm_lrqk.methods.lrqk.dispatch import force_kernels
 
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="CPU kernels are not built")
 
@@ -96,10 +97,10 @@ def test_append_rows(name: str, dtype: torch.dtype, tokens: int) -> None:
     wide = torch.randn(tokens, 6, 80).to(dtype)
     key, value = wide[:, 1:4], wide[:, 3:6]
     host = torch.full((40, 3, 16, 2, 80), torch.nan, dtype=dtype)
-    slots = torch.randperm(640)[:tokens]
-    slots[::7] = -1
+    slot_mapping = torch.randperm(640)[:tokens]
+    slot_mapping[::7] = -1
     expected = host.clone()
-    append_rows(key, value, expected, slots)
+    append_rows(key, value, expected, slot_mapping)
     with force_kernels(name) as kernels:
-        kernels.append_rows(key, value, host, slots)
+        kernels.append_rows(key, value, host, slot_mapping)
     assert torch.equal(host.nan_to_num(-7.0), expected.nan_to_num(-7.0))

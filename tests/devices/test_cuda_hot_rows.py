@@ -30,22 +30,22 @@ class Layer:
 
     def fill(self, pages: list[int]) -> None:
         """Write new keys and values into pages, as a request does that takes them over; also a step of the clock."""
-        slots = torch.cat([torch.arange(PAGE_SIZE) + page * PAGE_SIZE for page in pages] or [torch.tensor([-1])])
-        key, value = torch.randn(2, len(slots), KV_HEADS, HEAD_SIZE, generator=self.generator)
-        self.cache.append(key, value, self.host, slots)
+        slot_mapping = torch.cat([torch.arange(PAGE_SIZE) + page * PAGE_SIZE for page in pages] or [torch.tensor([-1])])
+        key, value = torch.randn(2, len(slot_mapping), KV_HEADS, HEAD_SIZE, generator=self.generator)
+        self.cache.append(key, value, self.host, slot_mapping)
 
     def resolve(
         self, rows: torch.Tensor, block_table: torch.Tensor, hot_blocks: torch.Tensor, lens: torch.Tensor
     ) -> tuple[torch.Tensor, int, int]:
         """The slots' contents for the wanted rows [B, KV, R, 2, d], hits, and misses that are no current tokens."""
-        requests, _, places = rows.shape
-        slots = hot_blocks.shape[1] * SLOTS_PER_BLOCK
-        memory = Resolved.allocate(requests + 1, KV_HEADS, places, slots, torch.device("cpu"))
+        requests, _, capacity = rows.shape
+        hot_slots = hot_blocks.shape[1] * SLOTS_PER_BLOCK
+        memory = Resolved.allocate(requests + 1, KV_HEADS, capacity, hot_slots, torch.device("cpu"))
         for tensor in (memory.address, memory.miss_address, memory._table, memory._age, memory._miss_place):
             tensor.fill_(-999)
         resolved = memory.first(requests)
         before = self.cache.counters.clone()
-        self.cache.locate(rows, block_table, lens, hot_blocks, PAGE_SIZE, resolved)
+        self.cache.resolve(rows, block_table, lens, hot_blocks, PAGE_SIZE, resolved)
         current = gather_rows(self.host, block_table, (lens - 1).view(-1, 1, 1).expand(-1, KV_HEADS, 1))[:, :, 0]
         self.cache.fetch(self.host, current[:, :, 0].contiguous(), current[:, :, 1].contiguous(), resolved)
 
@@ -137,7 +137,7 @@ def test_padding_touches_nothing(one_request: tuple[Layer, torch.Tensor, torch.T
     before = layer.cache.raw.clone()
     memory = Resolved.allocate(1, KV_HEADS, 3, 6, torch.device("cpu"))
     rows, lens = torch.full((1, KV_HEADS, 3), -1).int(), torch.zeros(1).int()
-    layer.cache.locate(rows, table + (1 << 30), lens, hot_blocks + (1 << 30), PAGE_SIZE, memory)
+    layer.cache.resolve(rows, table + (1 << 30), lens, hot_blocks + (1 << 30), PAGE_SIZE, memory)
     assert (memory.address == -1).all()
     assert (memory.miss_address == -1).all()
     assert (memory.miss_count == 0).all()
@@ -160,9 +160,9 @@ def test_marks_rows_like_the_torch_form(one_request: tuple[Layer, torch.Tensor, 
 
 def test_appended_rows_and_generations() -> None:
     layer = Layer(0)
-    slots = torch.tensor([5 * PAGE_SIZE, -1, 5 * PAGE_SIZE + 1, 7 * PAGE_SIZE + 3])
+    slot_mapping = torch.tensor([5 * PAGE_SIZE, -1, 5 * PAGE_SIZE + 1, 7 * PAGE_SIZE + 3])
     key, value = torch.randn(2, 4, KV_HEADS, HEAD_SIZE)
-    layer.cache.append(key, value, layer.host, slots)
+    layer.cache.append(key, value, layer.host, slot_mapping)
     assert layer.cache.generation.nonzero().flatten().tolist() == [5]
     assert int(layer.cache.clock) == 1
     for token, page, offset in [(0, 5, 0), (2, 5, 1), (3, 7, 3)]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cuda_runtime import Runtime
 
+from vllm_lrqk.core.host_pages import allocate_host_pages
 from vllm_lrqk.devices import pinned
 from vllm_lrqk.devices.pinned import PinnedMemory, device_address
 
@@ -32,6 +33,19 @@ def test_registers_every_byte_once() -> None:
     assert memory.release()
     assert memory.release()
     assert not runtime.registered
+
+
+@pytest.mark.parametrize(("kv_heads", "page_size", "dtype"), [(8, 16, torch.bfloat16), (3, 16, torch.float32)])
+def test_no_host_page_reaches_into_two_chunks(kv_heads: int, page_size: int, dtype: torch.dtype) -> None:
+    """A copy of a page must not cross from one registration into another."""
+    host, runtime = allocate_host_pages(40, kv_heads, page_size, 96, dtype), Runtime()
+    page_bytes = host[0].nbytes
+    PinnedMemory(host, runtime, chunk_bytes=7 * page_bytes + 100)
+    assert len(runtime.registered) > 1
+    assert sum(runtime.registered.values()) == host.nbytes
+    for pointer in runtime.registered:
+        assert (pointer - host.data_ptr()) % page_bytes == 0
+        assert pointer % PAGE == 0
 
 
 def test_a_chunk_has_a_page_at_least() -> None:

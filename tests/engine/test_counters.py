@@ -11,7 +11,7 @@ pytestmark = pytest.mark.engine
 @pytest.fixture
 def log_lines(monkeypatch):
     """Lines of the plugin's logger, written at every step."""
-    monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "0.0001")
+    monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "0")
     from vllm_lrqk.integration import worker
 
     lines = []

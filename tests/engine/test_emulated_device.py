@@ -43,27 +43,26 @@ def plain(model: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def on_emulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_lrqk import devices
     from vllm_lrqk.core.prefill import _flash
     from vllm_lrqk.devices import cuda_prefill
-    from vllm_lrqk.integration import backend, impl
 
     operators = emulated_operators()
-    for module in (backend, impl):
-        monkeypatch.setattr(module, "device_operators", lambda: operators)
+    monkeypatch.setattr(devices, "cuda_operators", lambda device: operators)
     monkeypatch.setattr(cuda_prefill, "default_attention", lambda: _flash)
 
 
 def test_same_tokens_and_counts(model: Any, plain: Any, on_emulated_device: None) -> None:
     expected, counted = plain
     with engine(model, SETTINGS | {"hot_cache": True}, **BATCHES) as llm:
-        from vllm_lrqk.device_layer import DeviceLayerState
+        from vllm_lrqk.methods.lrqk.cuda_decoder import CudaDecoder
 
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         layers = worker.vllm_config.compilation_config.static_forward_context.values()
-        states = [layer.impl.state for layer in layers if hasattr(layer, "impl")]
-        assert len(states) == 2
-        assert all(isinstance(state, DeviceLayerState) for state in states)
-        assert states[0].path is states[1].path
+        decoders = [layer.impl.layer.decoder for layer in layers if hasattr(layer, "impl")]
+        assert len(decoders) == 2
+        assert all(isinstance(decoder, CudaDecoder) for decoder in decoders)
+        assert decoders[0].path is decoders[1].path
         pinned = Runtime()
         backends = [layer.impl for layer in layers if hasattr(layer, "impl")]
         backends[0].worker._pinned.append(PinnedMemory(torch.zeros(100), pinned))
@@ -77,8 +76,8 @@ def test_same_tokens_and_counts(model: Any, plain: Any, on_emulated_device: None
         assert own["bytes_fetched"] == own["rows_missed"] * 2 * 64 * 4
         assert scheduler(llm).kv_cache_manager.usage == 0
         assert pinned.registered
-    assert not pinned.registered  # the worker's shutdown, while its layers still live
-    assert backends[0].worker is not None
+    assert not pinned.registered  # the worker's shutdown
+    assert all(backend.layer is None for backend in backends)
 
 
 def test_preempted_and_cached_pages(model: Any, on_emulated_device: None) -> None:

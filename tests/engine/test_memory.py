@@ -51,8 +51,8 @@ def test_blocks_without_a_host_page_hold_hot_rows(model, expected):
     prompts, dense = expected
     settings = {**SETTINGS, "hot_cache": True, "host_memory_gib": 13 * HOST_PAGE / 2**30}
     with engine(model, settings, kv_cache_memory_bytes=2000 * FACTOR_BLOCK, max_model_len=512) as llm:
-        hot = managers(llm)["HotRowManager"]
-        assert hot.hot_only_pool.get_num_free_blocks() == 2000 - 13
+        hot = managers(llm)["RequestManager"]
+        assert hot.spare_pool.get_num_free_blocks() == 2000 - 13
         taken = []
         allocate = hot.allocate_new_blocks
         hot.allocate_new_blocks = lambda *a: taken.extend(blocks := allocate(*a)) or blocks
@@ -66,8 +66,8 @@ def test_hot_rows_and_pages_share_what_is_left(model, expected):
     prompts, dense = expected
     settings = {**SETTINGS, "hot_cache": True, "top_k": 300, "host_memory_gib": 0.5}
     with engine(model, settings, kv_cache_memory_bytes=800 * FACTOR_BLOCK, max_model_len=512) as llm:
-        hot = managers(llm)["HotRowManager"]
-        assert hot.hot_only_pool.get_num_free_blocks() == 0
+        hot = managers(llm)["RequestManager"]
+        assert hot.spare_pool.get_num_free_blocks() == 0
         assert 2 * hot.blocks_per_request < 800  # room for several requests at once
         for _ in range(3):
             assert [list(output.token_ids) for output in greedy(llm, prompts, 30)] == dense

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from vllm_lrqk.core.capture import LayerCapture, LayerShape
+from vllm_lrqk.core.capture import LayerCapture
+from vllm_lrqk.core.layer import LayerShape
 from vllm_lrqk.core.step import build_step
 from vllm_lrqk.evaluation.attention import main
 from vllm_lrqk.evaluation.attention.budgets import QUEST_PAGE, Settings, Shape
@@ -232,9 +233,9 @@ def captured(qkv, tmp_path):
     shape = LayerShape(8, 2, 64, "bfloat16", 64**-0.5)
     capture = LayerCapture(tmp_path / "captured", "layer", shape, 10000)
     for start, end in [(0, 900), *((i, i + 1) for i in range(900, len(qkv.query)))]:
-        table, slots = torch.tensor([[7]], dtype=torch.int32), torch.arange(end - start)
+        table, slot_mapping = torch.tensor([[7]], dtype=torch.int32), torch.arange(end - start)
         lens = torch.tensor([end], dtype=torch.int32)
-        step = build_step([0, end - start], lens, [start < 900], table, slots, 1024)
+        step = build_step([0, end - start], [end], table, lens, slot_mapping, 1024)
         capture.write(qkv.query[start:end], qkv.key[start:end], qkv.value[start:end], step)
     return tmp_path / "captured"
 

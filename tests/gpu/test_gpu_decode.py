@@ -94,7 +94,7 @@ def test_replayed_graph(operators: Any, device: torch.device, pin: Pin, residual
         graph.replay()
         check(decoding)
     step, last = decoding.step, decoding.requests - 1
-    step.seq_lens[last], step.slots[last], step.block_table[last] = 0, -1, 1 << 30
+    step.seq_lens[last], step.slot_mapping[last], step.block_table[last] = 0, -1, 1 << 30
     step.query[last] = torch.nan
     graph.replay()
     torch.cuda.synchronize()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from served_layers import ServedLayers, serve
 
-from vllm_lrqk.device_counters import DeviceCounters
-from vllm_lrqk.device_step import DeviceStep, filled_pages
+from vllm_lrqk.core.counters import Counters
+from vllm_lrqk.core.step import Step, filled_pages
 from vllm_lrqk.devices import triton_parts
 from vllm_lrqk.methods.lrqk import triton_attend
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
@@ -28,7 +28,7 @@ class CapturedLayers(ServedLayers):
         super().__init__(*args, **how)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def capture(self, requests: int) -> DeviceStep:
+    def capture(self, requests: int) -> Step:
         step = super().capture(requests)
         self.layer.warm_up()
         torch.cuda.synchronize()
@@ -38,7 +38,7 @@ class CapturedLayers(ServedLayers):
         self.graphs[id(step)] = graph
         return step
 
-    def replay(self, captured: DeviceStep) -> None:
+    def replay(self, captured: Step) -> None:
         graph = self.graphs.get(id(captured))
         if graph is None:
             super().replay(captured)
@@ -63,7 +63,7 @@ def test_sparse_selection(
     """One of 12 rows may change places with one of nearly equal weight; two requests are served at a time."""
     layers = kind(operators, replace(SPARSE, residual=residual), device, pin, at_once=2)
     serve(layers, 0.1)
-    assert (layers.layer.hot.counters > 0).all()
+    assert (layers.hot.counters > 0).all()
 
 
 def test_serving_never_waits(operators: Any, device: torch.device, pin: Pin, request: pytest.FixtureRequest) -> None:
@@ -72,7 +72,7 @@ def test_serving_never_waits(operators: Any, device: torch.device, pin: Pin, req
     layers.run([(a, 31), (b, 12)])
     captured = layers.capture(4)
     layers.run_captured(captured, [a, b])
-    counters = DeviceCounters(1, device)
+    counters = Counters(("rows_hit", "rows_missed"), 1, device)
     step = layers.prepare([(a, 1), (b, 1)])
     in_use = torch.tensor(7, device=device)
     request.getfixturevalue("no_synchronization")

@@ -8,10 +8,11 @@ import torch
 from cpu_kernel_cases import DTYPES, Layer, make_layer
 from selections import HALF, assert_selects_like
 
+from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.methods.lrqk import triton_select
 from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.score import Selection, select
+from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 ROUNDING = {"cuda": HALF, "triton": 0.0}

@@ -8,11 +8,12 @@ import torch
 from batches import make_batch
 from cpu_kernel_cases import relative_error
 
-from vllm_lrqk.core.prefill import prefill_attention, query_grams
+from vllm_lrqk.core.prefill import prefill_attention
 from vllm_lrqk.devices import cuda_prefill
 from vllm_lrqk.methods.lrqk import cuda, torch_ops
+from vllm_lrqk.methods.lrqk.dispatch import kernels_for
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
-from vllm_lrqk.methods.lrqk.kernels import kernels_for
+from vllm_lrqk.methods.lrqk.seal import query_grams
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 Pin = Callable[[torch.Tensor], torch.Tensor]
@@ -25,12 +26,12 @@ def test_is_the_table_of_cuda_devices(operators: Any, device: torch.device) -> N
 
 def test_append_rows(device: torch.device, pin: Pin) -> None:
     host = torch.full((6, 2, 16, 2, 64), torch.nan)
-    slots = torch.tensor([17, -1, 95, 32])
+    slot_mapping = torch.tensor([17, -1, 95, 32])
     wide = torch.randn(4, 3, 2, 64)
     expected = host.clone()
-    torch_ops.append_rows(wide[:, 0], wide[:, 2], expected, slots)
+    torch_ops.append_rows(wide[:, 0], wide[:, 2], expected, slot_mapping)
     there = wide.to(device)
-    cuda.kernels().append_rows(there[:, 0], there[:, 2], pin(host), slots.to(device))
+    cuda.kernels().append_rows(there[:, 0], there[:, 2], pin(host), slot_mapping.to(device))
     torch.cuda.synchronize()
     torch.testing.assert_close(host, expected, equal_nan=True, rtol=0, atol=0)
 

@@ -8,18 +8,27 @@ from typing import Any
 import pytest
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.host_pages import GIB
+from vllm_lrqk.core.method import ModelFacts
 from vllm_lrqk.devices import cuda_library
-from vllm_lrqk.integration.backend import HotTableBuilder, LRQKBackend, StepBuilder
-from vllm_lrqk.integration.device import check_device, check_pinned_share, current_device
-from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
+from vllm_lrqk.integration.backend import backend_class
+from vllm_lrqk.integration.checks import check_pinned_share
+from vllm_lrqk.integration.metadata import StepBuilder
+from vllm_lrqk.integration.request_blocks import RequestTableBuilder
+from vllm_lrqk.integration.settings import current_device
+from vllm_lrqk.methods.lrqk.method import LRQK
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 CONFIG = LRQKConfig()
 
 
-def vllm_config(head_size: int = 128, tokens: int = 131072, device: str = "cuda") -> Any:
-    model = SimpleNamespace(model="some/model", get_head_size=lambda: head_size, max_model_len=tokens)
-    return SimpleNamespace(model_config=model, device_config=SimpleNamespace(device_type=device))
+def check(config: LRQKConfig, head_size: int = 128, tokens: int = 131072) -> None:
+    LRQK(config, "cuda").check(ModelFacts("some/model", head_size, 32, 8, tokens, {}))
+
+
+def vllm_config(device: str) -> Any:
+    return SimpleNamespace(device_config=SimpleNamespace(device_type=device))
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +41,8 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("head_size", "tokens"), [(64, 2048), (96, 8192), (128, 131072), (256, 1 << 20)])
 def test_what_can_be_served_passes(head_size: int, tokens: int) -> None:
-    check_device(vllm_config(head_size, tokens), CONFIG)
-    check_device(vllm_config(head_size, tokens), replace(CONFIG, hot_cache=True, rank=64))
+    check(CONFIG, head_size, tokens)
+    check(replace(CONFIG, hot_cache=True, rank=64), head_size, tokens)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +57,7 @@ def test_what_can_be_served_passes(head_size: int, tokens: int) -> None:
 )
 def test_one_sentence(settings: dict[str, int], config: LRQKConfig, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        check_device(vllm_config(**settings), config)
+        check(config, **settings)
     message = str(error.value)
     assert all(word in message for word in words), message
     assert message.endswith(".")
@@ -58,28 +67,30 @@ def test_one_sentence(settings: dict[str, int], config: LRQKConfig, words: list[
 def test_missing_kernels(library: Path) -> None:
     library.unlink()
     with pytest.raises(ConfigError, match="without its CUDA kernels: install it again with nvcc"):
-        check_device(vllm_config(), CONFIG)
+        check(CONFIG)
 
 
 def test_share_of_pinned_memory() -> None:
-    check_pinned_share(8 * GIB, 10 * GIB)
+    check_pinned_share(8 * GIB, 10 * GIB, "lrqk.host_memory_gib")
     with pytest.raises(ConfigError, match=r"host_memory_gib is 9, but of the 10 GiB .* 80% .* lower it to 8\."):
-        check_pinned_share(9 * GIB, 10 * GIB)
+        check_pinned_share(9 * GIB, 10 * GIB, "lrqk.host_memory_gib")
 
 
-@pytest.mark.parametrize("builder", [StepBuilder, HotTableBuilder])
+@pytest.mark.parametrize("builder", [StepBuilder, RequestTableBuilder])
 def test_graph_support(builder: Any) -> None:
-    support = builder.get_cudagraph_support(vllm_config(), None)
+    support = builder.get_cudagraph_support(vllm_config("cuda"), None)
     assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    assert builder.get_cudagraph_support(vllm_config(device="cpu"), None) is AttentionCGSupport.NEVER
+    assert builder.get_cudagraph_support(vllm_config("cpu"), None) is AttentionCGSupport.NEVER
 
 
 def test_compute_capability() -> None:
     capabilities = {major: SimpleNamespace(major=major) for major in (7, 8, 9, 12)}
-    served = [major for major, value in capabilities.items() if LRQKBackend.supports_compute_capability(value)]
+    served = [
+        major for major, value in capabilities.items() if backend_class("LRQK").supports_compute_capability(value)
+    ]
     assert served == [8, 9, 12]
-    assert LRQKBackend.supports_compute_capability(None)  # the CPU platform has none
+    assert backend_class("LRQK").supports_compute_capability(None)  # the CPU platform has none
 
 
 def test_device_of_the_cpu_platform() -> None:
-    assert current_device(vllm_config(device="cpu")).type == "cpu"
+    assert current_device(vllm_config("cpu")).type == "cpu"

@@ -101,7 +101,13 @@ def test_loading_the_plugin_is_light():
         "from vllm_lrqk.plugin import register; register(); new = set(sys.modules) - before; "
         "print([m for m in new if m.startswith('vllm_lrqk.')])"
     )
-    assert sorted(eval(run_python(code))) == ["vllm_lrqk.integration.compat", "vllm_lrqk.plugin"]
+    assert sorted(eval(run_python(code))) == [
+        "vllm_lrqk.integration",
+        "vllm_lrqk.integration.compat",
+        "vllm_lrqk.methods",
+        "vllm_lrqk.names",
+        "vllm_lrqk.plugin",
+    ]
 
 
 def test_an_old_vllm_is_told_and_left_alone(monkeypatch):

@@ -7,8 +7,10 @@ from engines import tiny_llama
 from startup import sentence, start
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.integration.checks import check_layer, check_model
-from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
+from vllm_lrqk.methods.lrqk.method import LRQK
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,11 @@ BAD_SETTINGS = [
     ({"lrqk": {"host_memory_gib": 0.001}}, ["lrqk.host_memory_gib", "0.001", "2048", "--max-model-len"]),
     ({"lrqk": {"top_k": 64, "hot_rows": 64}}, ["lrqk.hot_rows", "64", "388"]),
     ({"block_size": 128}, ["--block-size", "128", "lrqk.page_size"]),
+    ({"additional_config": {"LRQK": {"top_k": 8}}}, ["additional_config", "'LRQK'", "'lrqk'", "rename"]),
+    (
+        {"attention_config": {"backend_per_kind": {"sliding_window": "LRQK"}}, "attention_backend": None},
+        ["backend_per_kind", "sliding_window", "LRQK"],
+    ),
     ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype", "fp8", "auto"]),
     ({"decode_context_parallel_size": 2, "tensor_parallel_size": 4}, ["context parallelism"]),
     (
@@ -51,10 +58,10 @@ def test_bad_settings_end_start_up(model, settings, words):
 
 def test_adaptive_budget_is_refused_off_the_cpu(model):
     config = start(model, {"top_p": 0.9})
-    check_model(config, LRQKConfig(top_p=0.9))
+    check_model(config, LRQK(LRQKConfig(top_p=0.9), config.device_config.device_type))
     config.device_config.device_type = "cuda"
     with pytest.raises(ConfigError, match=r"^lrqk\.top_p is 0\.9, but .*\.$"):
-        check_model(config, LRQKConfig(top_p=0.9))
+        check_model(config, LRQK(LRQKConfig(top_p=0.9), config.device_config.device_type))
 
 
 def write_config(folder, **config):
@@ -139,9 +146,9 @@ def test_layers_that_cannot_be_served(found, word):
         "kv_sharing_target": None,
         "extra": {},
     }
-    check_layer(**plain)
+    check_layer("LRQK", **plain)
     with pytest.raises(ConfigError, match=word):
-        check_layer(**(plain | found))
+        check_layer("LRQK", **(plain | found))
 
 
 def test_the_page_size_becomes_the_block_size(model):
@@ -162,13 +169,13 @@ def test_the_pool_holds_what_the_host_tier_can_back(model):
 
 
 def test_the_free_memory_found_does_not_change_the_compile_hash(model, monkeypatch):
-    from vllm_lrqk.integration import startup
+    from vllm_lrqk.integration import settings
 
-    monkeypatch.setattr(startup, "free_host_memory", lambda: 8 << 30)
+    monkeypatch.setattr(settings, "free_host_memory", lambda: 8 << 30)
     first = start(model, kv_cache_memory_bytes=1 << 28)
-    monkeypatch.setattr(startup, "free_host_memory", lambda: 6 << 30)
+    monkeypatch.setattr(settings, "free_host_memory", lambda: 6 << 30)
     second = start(model, kv_cache_memory_bytes=1 << 28)
-    assert first.additional_config.host_memory_bytes != second.additional_config.host_memory_bytes
+    assert first.additional_config.engine.host != second.additional_config.engine.host
     assert first.compute_hash() == second.compute_hash()
     assert start(model, {"rank": 8}, kv_cache_memory_bytes=1 << 28).compute_hash() != first.compute_hash()
 
@@ -179,7 +186,8 @@ def test_settings_travel_to_other_processes(model):
     config = start(model, {"rank": 8, "host_memory_gib": 0.25})
     copy = pickle.loads(pickle.dumps(config))
     assert copy.additional_config["lrqk"] == {"rank": 8, "host_memory_gib": 0.25}
-    assert copy.additional_config.host_memory_bytes == 1 << 28
+    assert copy.additional_config.engine.host.memory_bytes == 1 << 28
+    assert copy.additional_config.engine.method.settings.rank == 8
     assert copy.attention_config.backend.name == "LRQK"
 
 
@@ -210,3 +218,14 @@ def test_settings_without_the_backend_are_pointed_out(model, monkeypatch):
     start(model, {"rank": 8}, attention_backend="CPU_ATTN")
     assert len(said) == 1
     assert "lrqk" in said[0]
+
+
+def test_a_backend_per_kind_passes_the_same_checks(model):
+    """vLLM parses such a setting before plugins are loaded, unless somebody has loaded them."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    per_kind = {"attention_backend": None, "attention_config": {"backend_per_kind": {"full_attention": "LRQK"}}}
+    assert start(model, **per_kind).cache_config.block_size == 256
+    with pytest.raises(ValueError, match="top_k"):
+        start(model, {"top_k": 0}, **per_kind)

@@ -53,10 +53,10 @@ def tiny_llama(
 
 
 @contextmanager
-def engine(model: Path, lrqk: dict[str, Any] | None = None, **settings: Any) -> Iterator[Any]:
-    """An `LLM` of LRQK with the given settings; `lrqk=None` gives vLLM's own CPU backend.
+def engine(model: Path, values: dict[str, Any] | None = None, method: str = "LRQK", **settings: Any) -> Iterator[Any]:
+    """An `LLM` of a method with the given values of its settings; None gives vLLM's own CPU backend.
 
-    At the end every block must be free again, and with LRQK every layer must have been served by it.
+    At the end every block must be free again, and every layer must have been served by what was asked for.
     """
     from vllm import LLM
 
@@ -68,19 +68,17 @@ def engine(model: Path, lrqk: dict[str, Any] | None = None, **settings: Any) -> 
         "skip_tokenizer_init": True,
         "seed": 0,
     }
-    if lrqk is None:
+    if values is None:
         defaults |= {"attention_backend": "CPU_ATTN", "kv_cache_memory_bytes": 512 * MIB}
     else:
-        defaults |= {
-            "attention_backend": "LRQK",
-            "additional_config": {"lrqk": {"page_size": 64, "host_memory_gib": 0.25, **lrqk}},
-        }
+        common = {"page_size": 64, "host_memory_gib": 0.25} if method == "LRQK" else {}
+        defaults |= {"attention_backend": method, "additional_config": {method.lower(): common | values}}
     global _alive
     llm = LLM(model=str(model), **(defaults | settings))
     _alive += 1
     try:
         yield llm
-        assert_backend(llm, "CPUAttentionBackendImpl" if lrqk is None else "LRQKImpl")
+        assert_backend(llm, "CPUAttentionBackendImpl" if values is None else f"{method}Impl")
         assert_nothing_in_use(llm)
     finally:
         _alive -= 1
@@ -117,9 +115,9 @@ def assert_nothing_in_use(llm: Any) -> None:
     for group in manager.coordinator.single_type_managers:
         assert not group.req_to_blocks, group.req_to_blocks
         assert not group.num_cached_block
-        hot_only = getattr(group, "hot_only_pool", None)
-        if hot_only is not None:
-            assert hot_only.get_num_free_blocks() == hot_only.num_gpu_blocks - 1
+        spare = getattr(group, "spare_pool", None)
+        if spare is not None:
+            assert spare.get_num_free_blocks() == spare.num_gpu_blocks - 1
 
 
 def shut_down(llm: Any) -> None:

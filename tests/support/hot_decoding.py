@@ -7,13 +7,13 @@ import torch
 from batches import Batch
 from pages import page_format
 
-from vllm_lrqk.core.attend import attend, gather_rows
+from vllm_lrqk.core.attend import gather_rows
 from vllm_lrqk.core.hot_rows import HotFormat
+from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
-from vllm_lrqk.methods.lrqk.decode import decode_attention
+from vllm_lrqk.methods.lrqk.decode import attend_selection, decode_attention
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.score import Selection
 from vllm_lrqk.methods.lrqk.seal import seal_pages
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
@@ -25,7 +25,7 @@ class DeviceStep:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    slots: torch.Tensor
+    slot_mapping: torch.Tensor
     block_table: torch.Tensor
     hot_blocks: torch.Tensor
     seq_lens: torch.Tensor
@@ -99,7 +99,7 @@ class HotDecoding:
         )
         self.step.block_table.fill_(1 << 30)  # padding's pages mean nothing
         self.step.block_table[:requests] = self.table.to(device)
-        self.step.slots.fill_(-1)
+        self.step.slot_mapping.fill_(-1)
 
     def prepare(self) -> None:
         """Draw the next tokens, append them to the CPU's pages, seal the full ones, and fill the step."""
@@ -120,7 +120,7 @@ class HotDecoding:
             self.factors.raw[filled.to(self.device)] = self.factors_cpu.raw[filled].to(self.device)
         step, count = self.step, self.requests
         step.query[:count], step.key[:count], step.value[:count] = (x.to(self.device) for x in (query, key, value))
-        step.slots[:count] = (page.long() * n + offset.long()).to(self.device)
+        step.slot_mapping[:count] = (page.long() * n + offset.long()).to(self.device)
         step.seq_lens[:count] = self.lens.int().to(self.device)
         step.output.fill_(torch.nan)
 
@@ -131,7 +131,7 @@ class HotDecoding:
             s.query,
             s.key,
             s.value,
-            s.slots,
+            s.slot_mapping,
             self.host,
             self.factors,
             self.hot,
@@ -152,7 +152,7 @@ class HotDecoding:
         left = (self.selection.residual, self.selection.residual_factor)
         chosen = Selection(rows, *(None if x is None else x[: self.requests].cpu() for x in left))
         rows_kv = gather_rows(self.host_cpu, self.table, rows)
-        same = attend(query, rows_kv, chosen, self.factors_cpu, self.table, self.batch.scale)
+        same = attend_selection(query, rows_kv, chosen, self.factors_cpu, self.table, self.batch.scale)
         own = torch.empty_like(same)
         arguments = (query, self.host_cpu, self.factors_cpu, self.table, self.lens, self.batch.scale, self.config)
         decode_attention(*arguments, own)

@@ -3,7 +3,8 @@
 import torch
 from cpu_kernel_cases import Layer
 
-from vllm_lrqk.methods.lrqk.score import Selection, candidate_range, proxy_scores
+from vllm_lrqk.core.selection import Selection, candidate_range
+from vllm_lrqk.methods.lrqk.score import proxy_scores
 
 FLOAT32_ERROR = 2e-4
 """Of scores whose terms reach some hundreds."""

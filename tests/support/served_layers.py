@@ -1,4 +1,4 @@
-"""One layer served twice, by the CUDA layer state on any device and by the plain torch one on the CPU.
+"""One layer served twice, with the CUDA decoder on any device and with the plain torch one on the CPU.
 
 Requests come, grow, are taken away and leave their pages to others, as vLLM's scheduler has it.
 """
@@ -12,16 +12,16 @@ from pages import empty_factors, page_format, relative
 
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.hot_rows import HotFormat
-from vllm_lrqk.core.layer import LayerState
-from vllm_lrqk.core.step import build_step
-from vllm_lrqk.device_layer import DeviceLayerState
-from vllm_lrqk.device_step import DeviceStep, build_device_step, filled_pages
+from vllm_lrqk.core.step import Step, build_step, filled_pages
 from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
 from vllm_lrqk.methods.lrqk import cuda
+from vllm_lrqk.methods.lrqk.cpu_decoders import TALLIES, InPlaceDecoder
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
+from vllm_lrqk.methods.lrqk.cuda_decoder import CudaDecoder
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.kernels import force_kernels
+from vllm_lrqk.methods.lrqk.layer import LRQKLayer
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.torch_ops import kernels as torch_kernels
 
 MAX_TOKENS = 64
 
@@ -60,9 +60,9 @@ class ServedLayers:
         self.generator = torch.Generator().manual_seed(0)
         n, heads, scale = config.page_size, kv_heads * group, d**-0.5
         host = torch.full((num_pages, kv_heads, n, 2, d), torch.nan, dtype=dtype)
-        with force_kernels("torch"):
-            factors = empty_factors(config, d, num_pages, kv_heads)
-            self.expected = LayerState(factors, host, None, scale, config, Counters())
+        factors, counters = empty_factors(config, d, num_pages, kv_heads), Counters(TALLIES, 1, torch.device("cpu"))
+        in_place = InPlaceDecoder(factors, host, torch_kernels(), scale, config, counters.tallies[0])
+        self.expected = LRQKLayer(factors, host, in_place, torch_kernels(), scale, config, counters)
         hot_format = HotFormat(page_format(config, d).page_bytes, d, dtype)
         self.hot_blocks_per_request = hot_format.blocks_for(config.num_hot_rows)
         blocks = num_pages + max_requests * self.hot_blocks_per_request
@@ -72,16 +72,11 @@ class ServedLayers:
         self.path = DecodePath(
             operators, at_once, max_pages, heads, kv_heads, hot_format, self.hot_blocks_per_request, config, device
         )
-        self.layer = DeviceLayerState(
-            FactorPages(raw, page_format(config, d)),
-            pin(host.clone()),
-            DeviceHotCache(operators, raw.clone(), hot_format, num_pages),
-            scale,
-            config,
-            Counters(),
-            cuda.kernels(operators),
-            self.path,
-        )
+        counters = Counters(TALLIES, 1, device)
+        factors, host = FactorPages(raw, page_format(config, d)), pin(host.clone())
+        self.hot = DeviceHotCache(operators, raw.clone(), hot_format, num_pages, counters.tallies[0, :2])
+        decoder = CudaDecoder(factors, host, self.hot, self.path, scale)
+        self.layer = LRQKLayer(factors, host, decoder, cuda.kernels(operators), scale, config, counters)
         self.free_pages = list(range(1, num_pages))
         self.free_hot_blocks = list(range(num_pages, blocks))
 
@@ -91,10 +86,11 @@ class ServedLayers:
         self.block_table = buffer(max_requests, max_pages + 1, dtype=torch.int32)
         self.hot_table = buffer(max_requests, self.hot_blocks_per_request + 1, dtype=torch.int32)
         self.seq_lens = buffer(max_requests, dtype=torch.int32)
-        self.slots = buffer(MAX_TOKENS, dtype=torch.int64)
+        self.slot_mapping = buffer(MAX_TOKENS, dtype=torch.int64)
         self.query, self.output = buffer(MAX_TOKENS, heads, d), buffer(MAX_TOKENS, heads, d)
         self.key, self.value = buffer(MAX_TOKENS, kv_heads, d), buffer(MAX_TOKENS, kv_heads, d)
         self._filled: torch.Tensor | None = None
+        self._filled_expected: torch.Tensor | None = None
 
     def admit(self) -> Request:
         count = self.hot_blocks_per_request
@@ -107,20 +103,20 @@ class ServedLayers:
         self.free_pages += request.pages
         self.free_hot_blocks += request.hot_blocks
 
-    def capture(self, requests: int) -> DeviceStep:
+    def capture(self, requests: int) -> Step:
         """The step of a graph of `requests` decode requests; all are padding until the buffers say otherwise."""
         self.seq_lens.zero_()
-        self.slots.fill_(-1)
+        self.slot_mapping.fill_(-1)
         starts = list(range(requests + 1))
-        return build_device_step(starts, [1] * requests, *self._tables(requests), self.config.page_size)
+        return build_step(starts, [1] * requests, *self._tables(requests), self.config.page_size)
 
-    def replay(self, captured: DeviceStep) -> None:
+    def replay(self, captured: Step) -> None:
         """What a graph of this step does."""
         count = captured.num_tokens
         rows = (self.query[:count], self.key[:count], self.value[:count])
         self.layer.forward(*rows, captured, self._hot_table(), self.output[:count])
 
-    def prepare(self, batch: list[tuple[Request, int]]) -> DeviceStep:
+    def prepare(self, batch: list[tuple[Request, int]]) -> Step:
         """Draw new tokens for some requests, run the torch form, fill the buffers and seal what the last step filled.
 
         Args:
@@ -131,12 +127,12 @@ class ServedLayers:
         starts = [0, *accumulate(counts)]
         total = starts[-1]
         table = torch.zeros(len(batch), self.block_table.shape[1], dtype=torch.int32)
-        slots = []
+        slot_mapping = []
         for row, (request, count) in enumerate(batch):
             for position in range(request.length, request.length + count):
                 if position % n == 0:
                     request.pages.append(self.free_pages.pop())
-                slots.append(request.pages[position // n] * n + position % n)
+                slot_mapping.append(request.pages[position // n] * n + position % n)
             request.length += count
             table[row, : len(request.pages)] = torch.tensor(request.pages)
         lens = [request.length for request, _ in batch]
@@ -145,8 +141,10 @@ class ServedLayers:
             for x in (self.query, self.key, self.value)
         )
         self.answer = torch.full_like(query, torch.nan)
-        prefilling = [count > 1 for count in counts]
-        step = build_step(starts, torch.tensor(lens).int(), prefilling, table, torch.tensor(slots), n)
+        if self._filled_expected is not None:
+            self.expected.seal(self._filled_expected)
+        step = build_step(starts, lens, table, torch.tensor(lens).int(), torch.tensor(slot_mapping), n)
+        self._filled_expected = filled_pages(step)
         self.expected.forward(query, key, value, step, None, self.answer)
 
         for buffer, values in ((self.query, query), (self.key, key), (self.value, value), (self.block_table, table)):
@@ -155,16 +153,16 @@ class ServedLayers:
         self.hot_table.fill_(1 << 30)
         hot = torch.tensor([request.hot_blocks for request, _ in batch], dtype=torch.int32)
         self.hot_table[: len(batch), : self.hot_blocks_per_request] = hot.to(self.device)
-        self.slots.fill_(-1)
-        self.slots[:total] = torch.tensor(slots).to(self.device)
+        self.slot_mapping.fill_(-1)
+        self.slot_mapping[:total] = torch.tensor(slot_mapping).to(self.device)
         self.seq_lens.zero_()
         self.seq_lens[: len(batch)] = torch.tensor(lens).int().to(self.device)
         self.output.fill_(torch.nan)
-        device_step = build_device_step(starts, lens, *self._tables(len(batch)), config.page_size)
+        device_step = build_step(starts, lens, *self._tables(len(batch)), config.page_size)
         self.seal(device_step)
         return device_step
 
-    def seal(self, step: DeviceStep) -> None:
+    def seal(self, step: Step) -> None:
         """What the worker does before each step."""
         if self._filled is not None:
             self.layer.seal(self._filled)
@@ -175,7 +173,7 @@ class ServedLayers:
         self.replay(self.prepare(batch))
         return self.error()
 
-    def run_captured(self, captured: DeviceStep, batch: list[Request]) -> float:
+    def run_captured(self, captured: Step, batch: list[Request]) -> float:
         """A step of one token for each request, as a graph of more requests does it; relative error."""
         self.prepare([(request, 1) for request in batch])
         self.replay(captured)
@@ -186,7 +184,7 @@ class ServedLayers:
         return relative(self.output[: len(self.answer)].cpu(), self.answer)
 
     def _tables(self, requests: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.block_table[:requests], self.seq_lens[:requests], self.slots
+        return self.block_table[:requests], self.seq_lens[:requests], self.slot_mapping
 
     def _hot_table(self) -> torch.Tensor:
         return self.hot_table[:, : self.hot_blocks_per_request]

@@ -2,8 +2,7 @@
 
 import torch
 
-from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.score import Selection
+from vllm_lrqk.core.selection import Selection
 
 
 def gather_rows(host: torch.Tensor, block_table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -29,8 +28,7 @@ def attend(
     query: torch.Tensor,
     rows_kv: torch.Tensor,
     selection: Selection,
-    factors: FactorPages,
-    block_table: torch.Tensor,
+    residual_values: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     """One decode step's attention output.
@@ -39,12 +37,12 @@ def attend(
 
         out = (sum_{n in S} e^{s_n} v_n + sum_p R_p u_p) / (sum_{n in S} e^{s_n} + sum_p R_p)
 
-    where u_p is the page's mean value or, with `selection.residual_factor`, the estimate that `page.py` gives of the
-    mean value of the tokens which R_p sums over.
+    where u_p, the page's row of `residual_values`, stands for the mean value of the tokens which R_p sums over.
 
     Args:
         query: [B, H, d].
         rows_kv: [B, KV, R, 2, d], keys and values of `selection.rows`.
+        residual_values: float32 [B, KV, G or 1, P, d]; None without a residual.
 
     Returns:
         float32 [B, H, d].
@@ -55,31 +53,10 @@ def attend(
     is_row = (selection.rows >= 0)[:, :, None, :, None]
     scores = (grouped @ key.mT).masked_fill(~is_row[..., 0], -torch.inf)  # [B, KV, G, R]
     value = value.masked_fill(~is_row[:, :, 0], 0.0)
-    if selection.residual is None:
+    if selection.residual is None or residual_values is None:
         return (scores.softmax(-1) @ value).flatten(1, 2)
     residual = selection.residual.unflatten(1, (kv_heads, -1))  # [B, KV, G, P]
     num_pages = residual.shape[-1]
     weight = torch.cat([scores, residual], -1).softmax(-1)
-    left = residual_values(selection, factors, block_table[:, :num_pages].long())
     of_rows = weight[..., :-num_pages] @ value
-    return (of_rows + (weight[..., None, -num_pages:] @ left)[..., 0, :]).flatten(1, 2)
-
-
-def residual_values(selection: Selection, factors: FactorPages, pages: torch.Tensor) -> torch.Tensor:
-    """What the tokens of each page that are not selected count as: float32 [B, KV, G or 1, P, d].
-
-    Args:
-        pages: int64 [B, P].
-    """
-    assert selection.residual is not None
-    kv_heads = factors.raw.shape[1]
-    residual = selection.residual.unflatten(1, (kv_heads, -1))
-    value = factors.value_mean[pages].transpose(1, 2).float()[:, :, None]  # [B, KV, 1, P, d]
-    if selection.residual_factor is not None:
-        offset = selection.residual_factor.unflatten(1, (kv_heads, -1))
-        offset = offset - factors.key_factor_mean[pages].transpose(1, 2)[:, :, None]
-        offset = offset * factors.value_scale[pages].transpose(1, 2)[:, :, None]  # [B, KV, G, P, value_rank]
-        projection = factors.value_projection[pages].transpose(1, 2)[:, :, None].float()
-        value = value + (offset[..., None, :] @ projection)[..., 0, :]
-    # Pages without residual may be unsealed: their bytes mean nothing.
-    return value.masked_fill(~(residual > -torch.inf).any(2)[:, :, None, :, None], 0.0)
+    return (of_rows + (weight[..., None, -num_pages:] @ residual_values)[..., 0, :]).flatten(1, 2)

@@ -16,32 +16,12 @@ from pathlib import Path
 import numpy
 import torch
 
+from vllm_lrqk.core.layer import LayerShape
 from vllm_lrqk.core.step import Step
 
 
 class CaptureError(ValueError):
     """A captured folder that cannot be read; the message is one sentence."""
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What every token's row of one layer looks like."""
-
-    heads: int
-    kv_heads: int
-    head_size: int
-    dtype: str
-    """Name of the torch type: "bfloat16", "float16" or "float32"."""
-    scale: float
-    """Factor of the attention scores."""
-
-    @property
-    def row_shape(self) -> tuple[int, int]:
-        return self.heads + 2 * self.kv_heads, self.head_size
-
-    @property
-    def row_bytes(self) -> int:
-        return self.row_shape[0] * self.row_shape[1] * getattr(torch, self.dtype).itemsize
 
 
 class LayerCapture:
@@ -74,15 +54,10 @@ class LayerCapture:
         self.tokens_left -= step.num_tokens
         rows = torch.cat([query, key, value], 1).cpu().contiguous().view(torch.uint8).numpy()
         for chunk in step.prefill:
-            page = int(chunk.pages[0])
-            if chunk.context_len == 0:
-                self._start(page)
-            self._append(page, f"prefill {chunk.context_len}", rows[chunk.start : chunk.end])
-        if step.decode is not None:
-            decode = step.decode
-            first_pages, lengths = decode.block_table[:, 0].tolist(), decode.seq_lens.tolist()
-            for token, page, length in zip(decode.tokens.tolist(), first_pages, lengths):
-                self._append(page, f"decode {length - 1}", rows[token : token + 1])
+            self._append(int(chunk.pages[0]), "prefill", chunk.context_len, rows[chunk.tokens])
+        first_pages, lengths = step.block_table[: step.num_decodes, 0].tolist(), step.seq_lens.tolist()
+        for token, (page, length) in enumerate(zip(first_pages, lengths)):
+            self._append(page, "decode", length - 1, rows[token : token + 1])
 
     def _start(self, page: int) -> None:
         self._requests[page] = self._started
@@ -91,11 +66,13 @@ class LayerCapture:
         header.parent.mkdir(parents=True, exist_ok=True)
         header.write_text(json.dumps(asdict(self.shape)) + "\n")
 
-    def _append(self, page: int, step: str, rows: numpy.ndarray) -> None:
+    def _append(self, page: int, kind: str, context_len: int, rows: numpy.ndarray) -> None:
+        if context_len == 0:
+            self._start(page)
         with self._path(page, "rows").open("ab") as file:
             file.write(rows.tobytes())
         with self._path(page, "steps").open("a") as file:
-            file.write(f"{step} {len(rows)}\n")
+            file.write(f"{kind} {context_len} {len(rows)}\n")
 
     def _path(self, page: int, suffix: str) -> Path:
         return self.folder / f"request-{self._requests[page]:04d}" / f"{self.name}.{suffix}"

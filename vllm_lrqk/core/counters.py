@@ -1,27 +1,49 @@
-"""Counts of what the decode path did, per engine process."""
+"""Counts of what the layers of one worker did: what the host knows, and what the device counts by itself."""
 
-from dataclasses import asdict, dataclass
+import torch
 
 
-@dataclass
 class Counters:
-    """Sums over layers, requests and KV heads since start-up."""
+    """Sums over layers, requests and KV heads since start-up.
 
-    decode_tokens: int = 0
-    """Decode queries answered (one per request, step and layer)."""
-    rows_attended: int = 0
-    """Rows attended exactly by those queries."""
-    rows_hit: int = 0
-    """Attended rows that were in the hot cache."""
-    rows_missed: int = 0
-    """Attended rows that were fetched from the host pages into the hot cache."""
-    bytes_fetched: int = 0
-    pages_sealed: int = 0
+    Args:
+        tallies: names of what kernels count on the device.
+        layers: of the worker.
+        device: where they count.
+    """
 
-    @property
-    def hit_rate(self) -> float:
-        looked_up = self.rows_hit + self.rows_missed
-        return self.rows_hit / looked_up if looked_up else 0.0
+    def __init__(self, tallies: tuple[str, ...], layers: int, device: torch.device) -> None:
+        self.names = tallies
+        self.tallies = torch.zeros(layers, len(tallies), dtype=torch.int64, device=device)
+        """int64 [layers, tallies]"""
+        self.decode_tokens = 0
+        """Decode queries answered (one per request, step and layer)."""
+        self.pages_sealed = 0
+        self._copy = torch.zeros(len(tallies) + 1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._arrival: torch.cuda.Event | None = None
+        self.is_copying = False
+        """Whether a copy was begun whose counts `arrived` has not handed out."""
 
-    def since(self, earlier: "Counters") -> "Counters":
-        return Counters(**{key: value - getattr(earlier, key) for key, value in asdict(self).items()})
+    def start_copy(self, pages_in_use: torch.Tensor) -> None:
+        """Begin to copy the tallies to the host; `pages_in_use` is int64 [] on the device."""
+        self._copy.copy_(torch.cat([self.tallies.sum(0), pages_in_use[None]]), non_blocking=True)
+        if self.tallies.device.type == "cuda":
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+        self.is_copying = True
+
+    def arrived(self) -> tuple[dict[str, int], int] | None:
+        """Counts, and pages in use, of the copy that was begun, once; None while it is on its way or none was begun."""
+        if not self.is_copying or (self._arrival is not None and not self._arrival.query()):
+            return None
+        self.is_copying = False
+        *tallies, pages_in_use = self._copy.tolist()
+        return self._counts(tallies), pages_in_use
+
+    def wait(self) -> dict[str, int]:
+        """Counts by now, after waiting for the device."""
+        return self._counts(self.tallies.sum(0).tolist())
+
+    def _counts(self, tallies: list[int]) -> dict[str, int]:
+        on_host = {"decode_tokens": self.decode_tokens, "pages_sealed": self.pages_sealed}
+        return on_host | dict(zip(self.names, tallies))

@@ -1,6 +1,7 @@
 """The host tier: full-precision keys and values in CPU memory, page for page beside vLLM's block ids."""
 
 import ctypes
+import math
 import mmap
 import re
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 DEFAULT_MEMORY_SHARE = 0.5
 GIB = 1 << 30
+HUGE_PAGE_BYTES = 2 << 20
+"""Of x86-64; a multiple of the system's own pages everywhere."""
 
 
 def free_host_memory() -> int:
@@ -57,8 +60,13 @@ def allocate_host_pages(
     """Host pages of one layer: [num_pages, kv_heads, page_size, 2, head_size], uninitialised.
 
     Keys are at index 0 of the fourth dimension and values at 1, so that a row's key and value are one run of bytes.
+    The first byte is at a multiple of `HUGE_PAGE_BYTES`.
     """
-    pages = torch.empty(num_pages, kv_heads, page_size, 2, head_size, dtype=dtype)
+    shape = (num_pages, kv_heads, page_size, 2, head_size)
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.empty(size + HUGE_PAGE_BYTES, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE_PAGE_BYTES
+    pages = memory[start : start + size].view(dtype).view(shape)
     _advise_huge_pages(pages)
     return pages
 
@@ -72,3 +80,18 @@ def _advise_huge_pages(tensor: torch.Tensor) -> None:
     if length > 0:
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+
+
+def append_rows(key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Write new rows into the host pages.
+
+    Args:
+        key, value: [T, KV, d].
+        host: [num_pages, KV, N, 2, d].
+        slot_mapping: int64 [T], page id * N + offset; a negative one is skipped.
+    """
+    keep = slot_mapping >= 0
+    if not bool(keep.all()):
+        key, value, slot_mapping = key[keep], value[keep], slot_mapping[keep]
+    page, offset = slot_mapping // host.shape[2], slot_mapping % host.shape[2]
+    host[page, :, offset] = torch.stack([key, value], 2)

@@ -50,8 +50,8 @@ class Fetch:
     misses: int
 
 
-class HotCache:
-    """Hot slots of one layer.
+class HotRows:
+    """Hot slots of one layer, and the generations of its host pages.
 
     Args:
         raw: uint8 [num_blocks, KV, block_bytes].
@@ -59,22 +59,28 @@ class HotCache:
     """
 
     def __init__(self, raw: torch.Tensor, hot_format: HotFormat, num_host_pages: int) -> None:
-        f, slots = hot_format, hot_format.rows_per_block
+        f, count = hot_format, hot_format.rows_per_block
         self.format = f
+        self.raw = raw
 
         def view(start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
             return raw[..., start : start + length * dtype.itemsize].view(dtype)
 
-        end = slots * f.row_bytes
-        self.kv = view(0, slots * 2 * f.head_size, f.dtype).unflatten(-1, (slots, 2, f.head_size))
-        self.row = view(end, slots, torch.int32)
-        self.tag = view(end + slots * 4, slots, torch.int32)
-        self.last_used = view(end + slots * 8, slots, torch.int32)
-        self.generation = torch.zeros(num_host_pages, dtype=torch.int64)
+        end = count * f.row_bytes
+        self.kv = view(0, count * 2 * f.head_size, f.dtype).unflatten(-1, (count, 2, f.head_size))
+        self.row = view(end, count, torch.int32)
+        self.tag = view(end + count * 4, count, torch.int32)
+        self.last_used = view(end + count * 8, count, torch.int32)
+        self.generation = torch.zeros(num_host_pages, dtype=torch.int64, device=raw.device)
 
-    def pages_written(self, slots: torch.Tensor, page_size: int) -> None:
-        """Note the host slots int64 [T] that a step writes: a page written at its first token is a new page."""
-        self.generation[slots[(slots >= 0) & (slots % page_size == 0)] // page_size] += 1
+
+class HotCache(HotRows):
+    """Hot slots in plain torch."""
+
+    def pages_written(self, slot_mapping: torch.Tensor, page_size: int) -> None:
+        """Note the rows, int64 [T], that a step writes: a page written at its first token is a new page."""
+        starts = slot_mapping[(slot_mapping >= 0) & (slot_mapping % page_size == 0)]
+        self.generation[starts // page_size] += 1
 
     def resolve(
         self,

@@ -1,88 +1,78 @@
-"""One attention layer's state in both tiers, and its part of a forward step."""
+"""One attention layer of a method, and what vLLM's part of the package asks of it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 
-from vllm_lrqk.core.attend import attend
-from vllm_lrqk.core.counters import Counters
-from vllm_lrqk.core.hot_rows import HotCache
-from vllm_lrqk.core.prefill import query_grams
 from vllm_lrqk.core.step import PrefillChunk, Step
-from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.kernels import Kernels, kernels_for
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 
-class Layer:
-    """Factor pages, host pages and the hot cache, if there is one, of one layer; how it handles prefill chunks.
+@dataclass(frozen=True)
+class LayerShape:
+    """Heads of one layer on one rank, and the type of its keys and values."""
 
-    Args:
-        host: [num_pages, KV, N, 2, d].
-        scale: factor of the attention scores.
-    """
-
-    def __init__(
-        self,
-        factors: FactorPages,
-        host: torch.Tensor,
-        hot: HotCache | None,
-        scale: float,
-        config: LRQKConfig,
-        counters: Counters,
-        kernels: Kernels,
-    ) -> None:
-        self.factors = factors
-        self.host = host
-        self.hot = hot
-        self.scale = scale
-        self.config = config
-        self.counters = counters
-        self.kernels = kernels
+    heads: int
+    kv_heads: int
+    head_size: int
+    dtype: str
+    """Name of the torch type: "bfloat16", "float16" or "float32"."""
+    scale: float
+    """Factor of the attention scores."""
 
     @property
-    def hot_bytes_per_request(self) -> int:
-        """Device bytes of one request's hot rows in this layer."""
-        if self.hot is None:
-            return 0
-        blocks = self.hot.format.blocks_for(self.config.num_hot_rows)
-        return blocks * self.hot.format.block_bytes * self.host.shape[1]
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
 
-    def _prefill(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: PrefillChunk, output: torch.Tensor
-    ) -> None:
-        tokens = slice(chunk.start, chunk.end)
-        self.kernels.prefill_attention(
-            query[tokens],
-            key[tokens],
-            value[tokens],
-            self.host,
-            chunk.pages,
-            chunk.context_len,
-            self.scale,
-            output[tokens],
-        )
-        if chunk.filled:
-            indices, starts, ends = (list(column) for column in zip(*chunk.filled))
-            grams = None
-            if self.config.factorization == "lrqk":
-                grams = query_grams(query[tokens], key.shape[1], starts, ends)
-            pages = chunk.pages[indices[0] : indices[-1] + 1].long()
-            self.kernels.seal_pages(pages, self.host, self.factors, grams, self.config)
-            self.counters.pages_sealed += len(indices)
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """Heads of a token's query, key and value, and their size."""
+        return self.heads + 2 * self.kv_heads, self.head_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token's query, key and value."""
+        return self.row_shape[0] * self.row_shape[1] * self.torch_dtype.itemsize
 
 
-class LayerState(Layer):
-    """A layer whose steps run on the host's memory: the CPU platform, in plain torch or with its kernels."""
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where a layer is in its model, for files that hold something for each of its layers and heads."""
 
-    def __init__(
-        self,
-        factors: FactorPages,
-        host: torch.Tensor,
-        hot: HotCache | None,
-        scale: float,
-        config: LRQKConfig,
-        counters: Counters,
-    ) -> None:
-        super().__init__(factors, host, hot, scale, config, counters, kernels_for(host.device))
+    number: int = 0
+    """Of the attention layer in the model, from 0."""
+    rank: int = 0
+    """Of tensor parallelism: the layer has this share of the model's heads."""
+    ranks: int = 1
+
+
+@dataclass
+class LayerMemory:
+    """What vLLM and the worker allocated for one layer; None where the method asked for nothing."""
+
+    blocks: torch.Tensor | None
+    """uint8 [num_blocks, KV, block bytes], what each block holds of its tokens."""
+    request_blocks: torch.Tensor | None
+    """uint8 [num_blocks, KV, block bytes], the same pool of blocks, as those that a request owns."""
+    host: torch.Tensor | None
+    """[num_pages, KV, N, 2, d], keys and values in CPU memory, page by page beside the first blocks."""
+
+
+class Layer(ABC):
+    """Serves the steps of one attention layer.
+
+    Requests with one token decode, all other chunks are prefilled; a batch of the former alone can be captured into a
+    graph. In what follows `request_blocks` is int32 [R, M], the blocks that each request owns; None where the method
+    asks for none.
+    """
+
+    kernels_name = "torch"
+    """Of what computes, for the log."""
 
     def forward(
         self,
@@ -90,56 +80,64 @@ class LayerState(Layer):
         key: torch.Tensor,
         value: torch.Tensor,
         step: Step,
-        hot_table: torch.Tensor | None,
+        request_blocks: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        """Store the step's keys and values, seal the pages that they fill, and attend.
+        """Store the step's keys and values and attend.
 
         Args:
             query, output: [T, H, d].
             key, value: [T, KV, d].
-            hot_table: int32 [requests, M], hot blocks of each request; None without a hot cache.
         """
-        self.kernels.append_rows(key, value, self.host, step.slots)
-        if self.hot is not None:
-            self.hot.pages_written(step.slots, self.config.page_size)
+        self.append(key, value, step)
         for chunk in step.prefill:
-            self._prefill(query, key, value, chunk, output)
-        if step.decode is not None:
-            self._decode(query, step, hot_table, output)
+            of = chunk.tokens
+            own = None if request_blocks is None else request_blocks[chunk.request]
+            self.prefill(query[of], key[of], value[of], chunk, own, output[of])
+        if step.num_decodes:
+            of = slice(step.num_decodes)
+            own = None if request_blocks is None else request_blocks[of]
+            table, lens = step.block_table[of], step.seq_lens[of]
+            self.decode(query[of], key[of], value[of], table, lens, own, output[of])
 
-    def _decode(self, query: torch.Tensor, step: Step, hot_table: torch.Tensor | None, output: torch.Tensor) -> None:
-        decode = step.decode
-        assert decode is not None
-        if len(decode.filled_pages):
-            self.kernels.seal_pages(decode.filled_pages, self.host, self.factors, None, self.config)
-            self.counters.pages_sealed += len(decode.filled_pages)
-        queries = query[decode.tokens]
-        attended = torch.empty_like(queries)
-        if self.hot is None:
-            rows = self.kernels.decode_attention(
-                queries,
-                self.host,
-                self.factors,
-                decode.block_table,
-                decode.seq_lens,
-                self.scale,
-                self.config,
-                attended,
-            )
-            self.counters.rows_attended += int(rows.sum())
-        else:
-            assert hot_table is not None
-            selection = self.kernels.select(
-                queries, self.factors, decode.block_table, decode.seq_lens, self.scale, self.config
-            )
-            rows_kv, fetch = self.hot.resolve(
-                selection.rows, self.host, decode.block_table, hot_table[decode.requests], decode.seq_lens, step.number
-            )
-            attended.copy_(attend(queries, rows_kv, selection, self.factors, decode.block_table, self.scale))
-            self.counters.rows_attended += int((selection.rows >= 0).sum())
-            self.counters.rows_hit += fetch.hits
-            self.counters.rows_missed += fetch.misses
-            self.counters.bytes_fetched += fetch.misses * self.hot.format.row_bytes
-        self.counters.decode_tokens += len(decode.tokens)
-        output[decode.tokens] = attended
+    @abstractmethod
+    def append(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
+        """Store the keys and values [T, KV, d] of all tokens of a step."""
+
+    @abstractmethod
+    def prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        chunk: PrefillChunk,
+        request_blocks: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend one chunk; `query` and `output` [t, H, d], `key` and `value` [t, KV, d] are its tokens' own."""
+
+    @abstractmethod
+    def decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        request_blocks: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend one token of each of B requests.
+
+        Args:
+            query, output: [B, H, d].
+            key, value: [B, KV, d].
+            block_table: int32 [B, P].
+            seq_lens: int32 [B], the current token included; 0 for padding, whose output is zero.
+        """
+
+    def seal(self, pages: torch.Tensor) -> None:
+        """Called before the next step with the pages, int64 [M] on the device, that this step's decode tokens fill."""
+
+    def warm_up(self) -> None:
+        """Compile what is compiled at first use, by steps of padding alone."""

@@ -1,23 +1,8 @@
-"""Exact attention of one prompt chunk over the host pages, and the sealing that goes with it."""
+"""Exact attention of one prompt chunk over the host pages."""
 
 import torch
 
 TILE_TOKENS = 4096
-
-
-def append_rows(key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slots: torch.Tensor) -> None:
-    """Write new rows into the host pages.
-
-    Args:
-        key, value: [T, KV, d].
-        host: [num_pages, KV, N, 2, d].
-        slots: int64 [T], page id * N + offset; a negative slot is skipped.
-    """
-    keep = slots >= 0
-    if not bool(keep.all()):
-        key, value, slots = key[keep], value[keep], slots[keep]
-    page, offset = slots // host.shape[2], slots % host.shape[2]
-    host[page, :, offset] = torch.stack([key, value], 2)
 
 
 def prefill_attention(
@@ -75,18 +60,3 @@ def _flash(
         query[None], key[None], value[None], is_causal=causal, scale=scale
     )
     return out[0].float(), log_sum[0].float()
-
-
-def query_grams(query: torch.Tensor, num_kv_heads: int, starts: list[int], ends: list[int]) -> torch.Tensor:
-    """Gram matrices of the queries at hand for some pages: float32 [M, KV, d, d].
-
-    Args:
-        query: [T, H, d], the chunk's queries.
-        starts, ends: token ranges inside the chunk, one per page.
-    """
-    grouped = query.unflatten(1, (num_kv_heads, -1))
-    grams = []
-    for start, end in zip(starts, ends):
-        page = grouped[start:end].transpose(0, 1).flatten(1, 2).float()  # [KV, tokens * G, d]
-        grams.append(page.mT @ page)
-    return torch.stack(grams)

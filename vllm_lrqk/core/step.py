@@ -1,6 +1,6 @@
-"""What one forward step asks of every layer, derived once from the batch's metadata.
+"""What one forward step asks of every layer, derived from what the host knows: no device is waited for.
 
-Shapes: T tokens of the step, B decode requests, P pages.
+Shapes: R requests, T tokens of the step, P pages.
 """
 
 from dataclasses import dataclass, field
@@ -10,25 +10,11 @@ import torch
 
 
 @dataclass
-class DecodeRequests:
-    """Requests with one query token that are past their prompt."""
-
-    tokens: torch.Tensor
-    """int64 [B], index of each request's token in the step."""
-    requests: torch.Tensor
-    """int64 [B], row of each request in the batch."""
-    block_table: torch.Tensor
-    """int32 [B, P]."""
-    seq_lens: torch.Tensor
-    """int32 [B], the current token included."""
-    filled_pages: torch.Tensor
-    """int64 [M], ids of the pages that this step's tokens fill."""
-
-
-@dataclass
 class PrefillChunk:
     """Several tokens of one request, attended exactly."""
 
+    request: int
+    """Row of the batch."""
     start: int
     """First token in the step."""
     end: int
@@ -40,24 +26,34 @@ class PrefillChunk:
     filled: list[tuple[int, int, int]] = field(default_factory=list)
     """Pages that the chunk fills, one after the other: (index in `pages`, first and past-the-last of its tokens)."""
 
+    @property
+    def tokens(self) -> slice:
+        """Of the step."""
+        return slice(self.start, self.end)
+
 
 @dataclass
 class Step:
-    """One forward step."""
+    """One forward step; tensors are vLLM's own, whose addresses a captured graph keeps."""
 
     num_tokens: int
-    slots: torch.Tensor
-    """int64 [T], page id * page size + offset of each token."""
-    decode: DecodeRequests | None
+    slot_mapping: torch.Tensor
+    """int64 [T], page id * page size + offset of each token; -1 for padding."""
+    num_decodes: int
+    """The first requests have one token each, request i the token i, and take the decode path."""
+    block_table: torch.Tensor
+    """int32 [R, P]."""
+    seq_lens: torch.Tensor
+    """int32 [R], this step's tokens included; 0 for padding."""
     prefill: list[PrefillChunk]
-    number: int = 0
-    """Counts steps; the hot cache's clock."""
+    filled: list[tuple[int, int]]
+    """Pages that the decode tokens fill: (request, index among its pages)."""
 
 
-def prefill_chunk(start: int, end: int, length: int, pages: torch.Tensor, page_size: int) -> PrefillChunk:
+def prefill_chunk(request: int, start: int, end: int, length: int, pages: torch.Tensor, page_size: int) -> PrefillChunk:
     """The chunk of tokens start ... end - 1 of a step, the last of a request that has `length` tokens by then."""
     context_len = length - (end - start)
-    chunk = PrefillChunk(start, end, context_len, pages)
+    chunk = PrefillChunk(request, start, end, context_len, pages)
     for page in range(context_len // page_size, length // page_size):
         first = max(page * page_size - context_len, 0)
         chunk.filled.append((page, first, (page + 1) * page_size - context_len))
@@ -66,39 +62,42 @@ def prefill_chunk(start: int, end: int, length: int, pages: torch.Tensor, page_s
 
 def build_step(
     query_starts: list[int],
-    seq_lens: torch.Tensor,
-    is_prefilling: list[bool],
+    lens: list[int],
     block_table: torch.Tensor,
-    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    slot_mapping: torch.Tensor,
     page_size: int,
-    number: int = 0,
 ) -> Step:
-    """Split a batch into decode requests and prefill chunks.
+    """Split a batch, in which requests with one token come first, into decode requests and prefill chunks.
 
-    A request decodes when it is past its prompt and has one query token; everything else is exact.
+    A captured step cannot tell the last token of a prompt from a generated one, so a single token always decodes.
 
     Args:
-        query_starts: R + 1 offsets of the requests' tokens.
-        seq_lens: int32 [R], tokens of each request, this step's included.
-        is_prefilling: R flags.
-        block_table: int32 [R, P].
-        slots: int64 [T].
+        query_starts: R + 1 offsets of the requests' tokens; padding requests, at the end, have none.
+        lens: R lengths, what `seq_lens` holds for requests that have tokens.
+        block_table, seq_lens, slot_mapping: see `Step`.
     """
-    lens = seq_lens.tolist()
-    decode_rows: list[int] = []
-    prefill: list[PrefillChunk] = []
-    for row, (start, end) in enumerate(pairwise(query_starts)):
-        if end - start == 1 and not is_prefilling[row]:
-            decode_rows.append(row)
-        elif end > start:
-            prefill.append(prefill_chunk(start, end, lens[row], block_table[row], page_size))
-    decode = None
-    if decode_rows:
-        rows = torch.tensor(decode_rows)
-        table, decode_lens = block_table[rows], seq_lens[rows]
-        filled = decode_lens % page_size == 0
-        last_page = (decode_lens[filled] // page_size - 1).long()
-        filled_pages = table[filled].gather(1, last_page[:, None])[:, 0].long()
-        tokens = torch.tensor([query_starts[row] for row in decode_rows])
-        decode = DecodeRequests(tokens, rows, table, decode_lens, filled_pages)
-    return Step(query_starts[-1], slots[: query_starts[-1]], decode, prefill, number)
+    counts = [end - start for start, end in pairwise(query_starts)]
+    num_decodes = next((row for row, count in enumerate(counts) if count != 1), len(counts))
+    filled = [(row, lens[row] // page_size - 1) for row in range(num_decodes) if lens[row] % page_size == 0]
+    prefill = [
+        prefill_chunk(row, query_starts[row], query_starts[row + 1], lens[row], block_table[row], page_size)
+        for row in range(num_decodes, len(counts))
+        if counts[row]
+    ]
+    num_tokens = query_starts[-1]
+    return Step(num_tokens, slot_mapping[:num_tokens], num_decodes, block_table, seq_lens, prefill, filled)
+
+
+def to_device(values: list[list[int]], device: torch.device) -> torch.Tensor:
+    """int64 [len(values), ...] on the device, without waiting for the copy."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def filled_pages(step: Step) -> torch.Tensor | None:
+    """Ids of the pages that the step's decode tokens fill, int64 [M] of their own; None without any."""
+    if not step.filled:
+        return None
+    rows, indices = to_device([list(column) for column in zip(*step.filled)], step.block_table.device)
+    return step.block_table[rows, indices].long()

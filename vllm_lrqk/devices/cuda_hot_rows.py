@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_lrqk.core.hot_rows import HotCache, HotFormat
+from vllm_lrqk.core.hot_rows import HotFormat, HotRows
 from vllm_lrqk.devices.cuda_library import stream_handle
 
 
@@ -17,13 +17,13 @@ from vllm_lrqk.devices.cuda_library import stream_handle
 class Resolved:
     """Where the rows of one step are; memory of up to B requests, allocated once and shared by the layers.
 
-    Places: R per (request, KV head).
+    Capacity: R per (request, KV head).
     """
 
     address: torch.Tensor
-    """int64 [B, KV, R], bytes from the hot blocks' first; -1 for rows that are missing and for unused places."""
+    """int64 [B, KV, R], bytes from the hot blocks' first; -1 for rows that are missing and for the unused capacity."""
     miss_address: torch.Tensor
-    """int64 [B, KV, R], slots of the missing rows, one after the other; -1 after the last."""
+    """int64 [B, KV, R], hot slots of the missing rows, one after the other; -1 after the last."""
     miss_row: torch.Tensor
     """int64 [B, KV, R], page id * N + offset of each missing row; -1: the row of the current token."""
     miss_count: torch.Tensor
@@ -31,23 +31,23 @@ class Resolved:
     _table: torch.Tensor
     """int32 [B * KV, a power of two]"""
     _age: torch.Tensor
-    """int32 [B * KV, slots]"""
+    """int32 [B * KV, hot slots]"""
     _miss_place: torch.Tensor
     """int32 [B * KV, R]"""
 
     @classmethod
-    def allocate(cls, requests: int, kv_heads: int, places: int, slots: int, device: torch.device) -> "Resolved":
-        """Memory for requests with up to `slots` hot slots per KV head."""
+    def allocate(cls, requests: int, kv_heads: int, capacity: int, hot_slots: int, device: torch.device) -> "Resolved":
+        """Memory for requests with up to `hot_slots` of them per KV head."""
         items = requests * kv_heads
 
         def wide() -> torch.Tensor:
-            return torch.empty(requests, kv_heads, places, dtype=torch.int64, device=device)
+            return torch.empty(requests, kv_heads, capacity, dtype=torch.int64, device=device)
 
         def narrow(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)
 
-        table = 1 << (slots * 4 // 3).bit_length()
-        scratch = narrow(items, table), narrow(items, slots), narrow(items, places)
+        table = 1 << (hot_slots * 4 // 3).bit_length()
+        scratch = narrow(items, table), narrow(items, hot_slots), narrow(items, capacity)
         return cls(wide(), wide(), wide(), narrow(requests, kv_heads), *scratch)
 
     def first(self, requests: int) -> "Resolved":
@@ -62,7 +62,7 @@ class Resolved:
         return sum(getattr(self, f.name).nbytes for f in fields(self))
 
 
-class DeviceHotCache(HotCache):
+class DeviceHotCache(HotRows):
     """Hot slots of one layer on a CUDA device.
 
     Args:
@@ -81,8 +81,6 @@ class DeviceHotCache(HotCache):
     ) -> None:
         super().__init__(raw, hot_format, num_host_pages)
         self.operators = operators
-        self.raw = raw
-        self.generation = self.generation.to(raw.device)
         self.clock = torch.zeros(1, dtype=torch.int32, device=raw.device)
         self.counters = torch.zeros(2, dtype=torch.int64, device=raw.device) if counters is None else counters
 
@@ -91,18 +89,18 @@ class DeviceHotCache(HotCache):
         """All bytes as elements of the rows' dtype: the base of addresses."""
         return self.raw.view(self.format.dtype)
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slots: torch.Tensor) -> None:
+    def append(self, key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Write a step's rows into the host pages, note the pages that begin anew and advance the clock.
 
         Args:
             key, value: [T, KV, d].
             host: [num_pages, KV, N, 2, d], memory that the device can write.
-            slots: int64 [T], page id * N + offset; a negative slot is skipped.
+            slot_mapping: int64 [T], page id * N + offset; a negative one is skipped.
         """
         stream = stream_handle(key.device)
-        self.operators.cuda_append(key, value, host, slots, self.generation, self.clock, stream)
+        self.operators.cuda_append(key, value, host, slot_mapping, self.generation, self.clock, stream)
 
-    def locate(
+    def resolve(
         self,
         rows: torch.Tensor,
         block_table: torch.Tensor,
@@ -143,7 +141,7 @@ class DeviceHotCache(HotCache):
         )
 
     def fetch(self, host: torch.Tensor, key: torch.Tensor, value: torch.Tensor, resolved: Resolved) -> None:
-        """Fill the slots of the missing rows, from the host pages or from the current tokens.
+        """Fill the hot slots of the missing rows, from the host pages or from the current tokens.
 
         Args:
             host: [num_pages, KV, N, 2, d], memory that the device can read.

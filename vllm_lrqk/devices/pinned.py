@@ -5,6 +5,7 @@ release give the rest up when its time is over: the operating system takes regis
 """
 
 import logging
+import math
 import mmap
 import time
 import weakref
@@ -28,10 +29,17 @@ class Runtime(Protocol):
     def cudaHostUnregister(self, pointer: int) -> Any: ...
 
 
-def chunk_starts(start: int, end: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
-    """First and past-the-last address of each chunk; only at the ends does a chunk share a page of the system."""
+def chunk_starts(start: int, end: int, chunk_bytes: int, unit_bytes: int) -> Iterator[tuple[int, int]]:
+    """First and past-the-last address of each chunk.
+
+    Only at the ends does a chunk share a page of the system. Where `start` is at a page of the system, chunks end
+    between two units, so that a copy of one never reaches from one registration into another.
+    """
+    unit = math.lcm(unit_bytes, mmap.PAGESIZE)
+    step = max(unit, chunk_bytes // unit * unit)
+    stop = start // mmap.PAGESIZE * mmap.PAGESIZE
     while start < end:
-        stop = max(start + chunk_bytes, start + mmap.PAGESIZE) // mmap.PAGESIZE * mmap.PAGESIZE
+        stop += step
         yield start, min(stop, end)
         start = stop
 
@@ -40,7 +48,7 @@ class PinnedMemory:
     """Registers the memory of a CPU tensor for as long as this object is not released.
 
     Args:
-        tensor: contiguous, in CPU memory.
+        tensor: contiguous, in CPU memory; its first dimension is what copies do not split.
         runtime: `torch.cuda.cudart()`.
 
     Raises:
@@ -54,7 +62,8 @@ class PinnedMemory:
         self._runtime = runtime
         self._chunks: list[int] = []
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        for pointer, stop in chunk_starts(start, end, chunk_bytes):
+        unit = tensor.stride(0) * tensor.itemsize
+        for pointer, stop in chunk_starts(start, end, chunk_bytes, unit):
             error = int(runtime.cudaHostRegister(pointer, stop - pointer, _REGISTER_FLAGS))
             if error:
                 self.release()

@@ -72,7 +72,9 @@ def parts_block(parts: int) -> int:
 def allocate_parts(requests: int, kv_heads: int, parts: int, group: int, head_size: int, device: torch.device) -> Parts:
     """Memory for the parts of one step."""
     shape = (requests * kv_heads, parts, group)
-    return Parts(*(torch.empty(*tail, device=device) for tail in ((*shape, head_size), shape, shape)))
+    return Parts(
+        *(torch.empty(*tail, dtype=torch.float32, device=device) for tail in ((*shape, head_size), shape, shape))
+    )
 
 
 def combine(parts: Parts, output: torch.Tensor) -> None:

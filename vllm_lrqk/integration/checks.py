@@ -1,87 +1,90 @@
-"""What LRQK cannot serve, each as one sentence with the setting, its value and the remedy."""
+"""What the methods cannot serve, each as one sentence with the setting, its value and the remedy."""
 
 from pathlib import Path
 from typing import Any
 
-from vllm_lrqk.methods.lrqk.cuda_select import check_config
-from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
+from vllm_lrqk.core.config import ConfigError
+from vllm_lrqk.core.host_pages import GIB
+from vllm_lrqk.core.method import Method, ModelFacts
+from vllm_lrqk.devices.pinned import MAX_PINNED_SHARE
+from vllm_lrqk.integration.settings import HostPlan
 
 
-def check_model(vllm_config: Any, config: LRQKConfig) -> None:
+def check_model(vllm_config: Any, chosen: Method) -> None:
     """Refuse models and engine settings that are known before anything is loaded.
 
     Raises:
         ConfigError: the first thing found that cannot be served.
     """
-    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
-    name, text = model.model, model.hf_text_config
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    method, name, text = chosen.name, model.model, model.hf_text_config
     other = "serve it with another attention backend."
     if model.use_mla:
-        raise ConfigError(f"LRQK does not support multi-head latent attention, which {name} uses: {other}")
+        raise ConfigError(f"{method} does not support multi-head latent attention, which {name} uses: {other}")
     if model.is_encoder_decoder:
-        raise ConfigError(f"LRQK does not support encoder-decoder models such as {name}: {other}")
+        raise ConfigError(f"{method} does not support encoder-decoder models such as {name}: {other}")
     if model.is_attention_free or model.is_hybrid:
-        raise ConfigError(f"LRQK needs attention in every layer, and {name} has other layers: {other}")
+        raise ConfigError(f"{method} needs attention in every layer, and {name} has other layers: {other}")
     if model.runner_type != "generate":
-        raise ConfigError(f"LRQK serves generation, but the runner of {name} is {model.runner_type!r}: {other}")
+        raise ConfigError(f"{method} serves generation, but the runner of {name} is {model.runner_type!r}: {other}")
     if _has_alibi(model.hf_config) or _has_alibi(text):
-        raise ConfigError(f"LRQK does not support ALiBi, which {name} uses: {other}")
+        raise ConfigError(f"{method} does not support ALiBi, which {name} uses: {other}")
     window = _sliding_window(model, text)
     if window is not None:
         raise ConfigError(
-            f"LRQK does not support sliding-window layers, and {name} has a window of {window} tokens: add "
+            f"{method} does not support sliding-window layers, and {name} has a window of {window} tokens: add "
             "--disable-sliding-window if all layers have it (this caps the context at the window), or " + other
         )
     if getattr(text, "attention_chunk_size", None):
-        raise ConfigError(f"LRQK does not support chunked local attention, which {name} uses: {other}")
+        raise ConfigError(f"{method} does not support chunked local attention, which {name} uses: {other}")
     soft_cap = getattr(text, "attn_logit_softcapping", None)
     if soft_cap:
-        raise ConfigError(f"LRQK does not support a soft cap on attention logits ({name}: {soft_cap}): {other}")
+        raise ConfigError(f"{method} does not support a soft cap on attention logits ({name}: {soft_cap}): {other}")
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         raise ConfigError(
-            f"--kv-cache-dtype is {cache.cache_dtype}, but LRQK keeps keys and values in the model's own type "
+            f"--kv-cache-dtype is {cache.cache_dtype}, but {method} keeps keys and values in the model's own type "
             f"({model.dtype}): use --kv-cache-dtype auto."
         )
-    if config.rank > model.get_head_size():
-        raise ConfigError(
-            f"lrqk.rank is {config.rank}, but must be at most the head size of {name}, {model.get_head_size()}."
-        )
-    if vllm_config.device_config.device_type != "cpu":
-        check_config(config)
-    if config.capture is not None:
-        _check_capture(vllm_config, config.capture)
-    _check_engine(vllm_config, parallel)
+    if chosen.settings.capture is not None:
+        _check_capture(vllm_config, f"{chosen.settings.key}.capture", chosen.settings.capture)
+    _check_engine(vllm_config, method)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    heads = model.get_num_attention_heads(vllm_config.parallel_config) * ranks, model.get_total_num_kv_heads()
+    chosen.check(ModelFacts(name, model.get_head_size(), *heads, model.max_model_len, text.to_dict()))
 
 
-def _check_capture(vllm_config: Any, folder: str) -> None:
+def _check_capture(vllm_config: Any, field: str, folder: str) -> None:
     if vllm_config.cache_config.enable_prefix_caching:
         raise ConfigError(
-            f"lrqk.capture is {folder!r}, but tokens from the prefix cache cannot be captured: "
+            f"{field} is {folder!r}, but tokens from the prefix cache cannot be captured: "
             "add --no-enable-prefix-caching."
         )
     if vllm_config.device_config.device_type != "cpu":
-        raise ConfigError(f"lrqk.capture is {folder!r}, but only the CPU platform captures: leave it out.")
+        raise ConfigError(f"{field} is {folder!r}, but only the CPU platform captures: leave it out.")
     if next(Path(folder).glob("request-*"), None) is not None:
-        raise ConfigError(f"lrqk.capture is {folder!r}, which has captured requests already: name an empty folder.")
+        raise ConfigError(f"{field} is {folder!r}, which has captured requests already: name an empty folder.")
 
 
-def _check_engine(vllm_config: Any, parallel: Any) -> None:
+def _check_engine(vllm_config: Any, method: str) -> None:
+    parallel = vllm_config.parallel_config
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
-        raise ConfigError(f"LRQK does not support KV connectors (--kv-transfer-config has {connector}): leave it out.")
+        raise ConfigError(
+            f"{method} does not support KV connectors (--kv-transfer-config has {connector}): leave it out."
+        )
     for flag, size in (
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
     ):
         if size > 1:
-            raise ConfigError(f"LRQK does not support context parallelism ({flag} is {size}): set it to 1.")
+            raise ConfigError(f"{method} does not support context parallelism ({flag} is {size}): set it to 1.")
     if vllm_config.speculative_config is not None:
-        method = vllm_config.speculative_config.method
+        drafter = vllm_config.speculative_config.method
         raise ConfigError(
-            f"LRQK does not support speculative decoding (--speculative-config has {method}): leave it out."
+            f"{method} does not support speculative decoding (--speculative-config has {drafter}): leave it out."
         )
     if parallel.use_ubatching:
-        raise ConfigError("LRQK does not support micro-batches (--enable-dbo or --ubatch-size): leave them out.")
+        raise ConfigError(f"{method} does not support micro-batches (--enable-dbo or --ubatch-size): leave them out.")
 
 
 def _has_alibi(hf_config: Any) -> bool:
@@ -109,7 +112,13 @@ def _sliding_window(model: Any, text: Any) -> int | None:
 
 
 def check_layer(
-    alibi_slopes: Any, sliding_window: Any, logits_soft_cap: Any, attn_type: str, kv_sharing_target: Any, extra: dict
+    method: str,
+    alibi_slopes: Any,
+    sliding_window: Any,
+    logits_soft_cap: Any,
+    attn_type: str,
+    kv_sharing_target: Any,
+    extra: dict,
 ) -> None:
     """Refuse what only the model's own code says about a layer.
 
@@ -126,7 +135,9 @@ def check_layer(
     }
     for what, present in found.items():
         if present:
-            raise ConfigError(f"LRQK does not support {what}, which this model uses: choose another attention backend.")
+            raise ConfigError(
+                f"{method} does not support {what}, which this model uses: choose another attention backend."
+            )
 
 
 def check_selector(backend: Any, selector_config: Any) -> None:
@@ -138,4 +149,37 @@ def check_selector(backend: Any, selector_config: Any) -> None:
     settings = selector_config._asdict()
     reasons = backend.validate_configuration(device_capability=None, **settings)
     if reasons:
-        raise ConfigError(f"LRQK cannot serve this model ({', '.join(reasons)}): choose another attention backend.")
+        raise ConfigError(
+            f"{backend.get_name()} cannot serve this model ({', '.join(reasons)}): choose another attention backend."
+        )
+
+
+def check_pinned_share(memory_bytes: int, free_bytes: int, field: str) -> None:
+    """Refuse to pin more than `MAX_PINNED_SHARE` of a host's free memory.
+
+    Args:
+        memory_bytes: of the host tier, all ranks of this host together.
+        field: the setting that asks for it.
+
+    Raises:
+        ConfigError: it is more.
+    """
+    most = free_bytes * MAX_PINNED_SHARE
+    if memory_bytes > most:
+        raise ConfigError(
+            f"{field} is {memory_bytes / GIB:.3g}, but of the {free_bytes / GIB:.3g} GiB that are free "
+            f"at most {MAX_PINNED_SHARE:.0%} may be pinned: lower it to {most / GIB:.3g}."
+        )
+
+
+def check_host_memory(method: Method, host: HostPlan, block_size: int, max_model_len: int) -> None:
+    """Raise ConfigError unless one request of `max_model_len` tokens fits into the host tier."""
+    needed = -(-max_model_len // block_size) + 1
+    if host.num_pages >= needed:
+        return
+    field = f"{method.settings.key}.host_memory_gib"
+    source = field if method.host_memory_gib is not None else "half of the free host memory"
+    raise ConfigError(
+        f"{source} gives {host.memory_bytes / GIB:.3g} GiB per rank, but keys and values of max_model_len="
+        f"{max_model_len} tokens need {needed * host.page_bytes / GIB:.3g} GiB: raise {field} or lower --max-model-len."
+    )

@@ -7,7 +7,7 @@ Tested with vLLM 0.32.0.
 import functools
 import importlib.metadata
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 MINIMUM_VLLM = (0, 32)
@@ -32,26 +32,16 @@ def logger(name: str) -> Any:
     return init_logger(f"vllm.{name}")
 
 
-def _backend_member(name: str) -> Any:
-    """Unpickle a backend enum member in a process that may not have registered it yet."""
-    from vllm_lrqk.plugin import register
-
-    register()
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    return AttentionBackendEnum[name]
-
-
-def register_backend(name: str, class_path: str) -> None:
+def register_backend(name: str, class_path: str) -> Any:
     """Make `name` a member of vLLM's backend enum that survives pickling (0.32; it raises when called twice)."""
     from vllm.v1.attention.backends import registry
 
-    if name in registry.AttentionBackendEnum.__members__:
-        return
-    registry.register_backend(name, class_path)
-    # A member added at run time does not unpickle in a spawned process that has not registered it.
-    member: Any = registry.AttentionBackendEnum[name]
-    member.__reduce_ex__ = lambda protocol: (_backend_member, (name,))
+    if name not in registry.AttentionBackendEnum.__members__:
+        registry.register_backend(name, class_path)
+        # A member added at run time does not unpickle in a spawned process that has not registered it.
+        added: Any = registry.AttentionBackendEnum[name]
+        added.__reduce_ex__ = lambda protocol: (register_backend, (name, class_path))
+    return registry.AttentionBackendEnum[name]
 
 
 def _platform_class() -> Any:
@@ -76,8 +66,8 @@ def wrap_check_and_update_config(after: Callable[[Any], None]) -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def wrap_cpu_backend_selection(name: str, select: Callable[[Any, Any], str]) -> None:
-    """Let the CPU platform honour one more backend name (0.32 ignores every name it does not know)."""
+def wrap_cpu_backend_selection(names: Collection[str], select: Callable[[Any, Any], str]) -> None:
+    """Let the CPU platform honour more backend names (0.32 ignores every name it does not know)."""
     from vllm.platforms import current_platform
 
     platform = _platform_class()
@@ -89,7 +79,7 @@ def wrap_cpu_backend_selection(name: str, select: Callable[[Any, Any], str]) -> 
 
     @functools.wraps(original)
     def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: Any = None) -> str:
-        if selected_backend is not None and selected_backend.name == name:
+        if selected_backend is not None and selected_backend.name in names:
             return select(selected_backend, attn_selector_config)
         return original(cls, selected_backend, attn_selector_config, num_heads)
 
@@ -135,6 +125,13 @@ def on_kv_cache_bound(layer: Any, callback: Callable[[Any], None]) -> None:
         callback(kv_cache)
 
     layer.bind_kv_cache = bind_kv_cache
+
+
+def layer_number(name: str) -> int:
+    """Number of an attention layer in its model, from 0 (0.32)."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(name)
 
 
 def forward_metadata(layer_name: str) -> Any:

@@ -1,45 +1,24 @@
-"""The attention implementation of one layer, and its companion that owns the hot blocks."""
+"""The attention implementation of one layer: `LRQKImpl` and so on, one class per method."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lrqk.core.capture import LayerCapture
-from vllm_lrqk.core.layer import LayerState
-from vllm_lrqk.device_layer import DeviceLayerState
+from vllm_lrqk.core.layer import Layer, LayerPlace, LayerShape
+from vllm_lrqk.core.step import Step
 from vllm_lrqk.integration import compat
-from vllm_lrqk.integration.backend import HotBackend, LRQKBackend
-from vllm_lrqk.integration.blocks import HotSpec, hot_spec
 from vllm_lrqk.integration.checks import check_layer
-from vllm_lrqk.integration.device import device_operators, make_decode_path
-from vllm_lrqk.integration.startup import host_plan, kv_dtype, read_config, uses_hot_cache
-from vllm_lrqk.integration.worker import WorkerState
+from vllm_lrqk.integration.request_blocks import CompanionLayer
+from vllm_lrqk.integration.settings import current_device, engine_of, kv_dtype
+from vllm_lrqk.integration.worker import Worker
 
 
-class HotLayer(nn.Module, AttentionLayerBase):
-    """Makes vLLM allocate, admit and free the hot blocks of one attention layer."""
-
-    def __init__(self, num_kv_heads: int, head_size: int) -> None:
-        super().__init__()
-        self.num_kv_heads = num_kv_heads
-        self.head_size = head_size
-        self.kv_cache = torch.tensor([])
-
-    def get_attn_backend(self) -> type:
-        return HotBackend
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> HotSpec:
-        config, pages = read_config(vllm_config), host_plan(vllm_config).num_pages
-        return hot_spec(config, self.num_kv_heads, self.head_size, kv_dtype(vllm_config), pages)
-
-
-class LRQKImpl(AttentionImpl):
-    """LRQK attention of one layer."""
+class MethodImpl(AttentionImpl):
+    """A method's attention of one layer."""
 
     def __init__(
         self,
@@ -55,23 +34,36 @@ class LRQKImpl(AttentionImpl):
         kv_sharing_target_layer_name: str | None = None,
         **extra: Any,
     ) -> None:
-        check_layer(alibi_slopes, sliding_window, logits_soft_cap, attn_type, kv_sharing_target_layer_name, extra)
+        self._vllm_config = get_current_vllm_config()
+        self._engine = engine_of(self._vllm_config)
+        unsupported = (alibi_slopes, sliding_window, logits_soft_cap, attn_type, kv_sharing_target_layer_name)
+        check_layer(self._engine.method.name, *unsupported, extra)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        self.worker: WorkerState | None = None
-        self.state: LayerState | DeviceLayerState | None = None
+        dtype = str(kv_dtype(self._vllm_config)).removeprefix("torch.")
+        self.shape = LayerShape(num_heads, self.num_kv_heads, head_size, dtype, self.scale)
+        self.worker: Worker | None = None
+        self.layer: Layer | None = None
         self.capture: LayerCapture | None = None
-        self.decode_path: Any = None
-        self.hot_name: str | None = None
-        self._vllm_config = LRQKBackend.vllm_config = get_current_vllm_config()
+        self.workspace: Any = None
+        self.companion_name: str | None = None
+        self._owns_requests = False
+        self._is_prepared = False
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Add the companion layer, if there is a hot cache, before vLLM asks the layers for their specs."""
+        """Add the companion layer, if requests own blocks beside pages, before vLLM asks the layers for their specs.
+
+        vLLM calls it again when weights are reloaded, which changes nothing here.
+        """
+        if self._is_prepared:
+            return
+        self._is_prepared = True
         layers = self._vllm_config.compilation_config.static_forward_context
         own_name, own_layer = next(item for item in layers.items() if getattr(item[1], "impl", None) is self)
+        own_layer.attn_backend = own_layer.attn_backend.bound_to(self._engine)
         bound: dict[str, torch.Tensor] = {}
         expected = [own_name]
 
@@ -79,31 +71,44 @@ class LRQKImpl(AttentionImpl):
             bound[name] = tensor
             if len(bound) == len(expected):
                 assert self.worker is not None
-                hot = None if self.hot_name is None else bound[self.hot_name]
-                self.state = self.worker.create_state(own_name, bound[own_name], hot, self.scale, self.decode_path)
-                self.capture = self.worker.create_capture(own_name, self.num_heads, self.scale)
+                companion = None if self.companion_name is None else bound[self.companion_name]
+                self.layer = self.worker.create_layer(
+                    self.shape, self._place(own_name), bound[own_name], companion, self.workspace
+                )
+                self.capture = self.worker.create_capture(own_name, self.shape)
                 bound.clear()  # vLLM binds once for profiling and once for good
 
         compat.on_kv_cache_bound(own_layer, partial(on_bound, own_name))
-        if uses_hot_cache(read_config(self._vllm_config)):
-            self.hot_name = f"{own_name}.lrqk_hot"
-            expected.append(self.hot_name)
-            layers[self.hot_name] = HotLayer(self.num_kv_heads, self.head_size)
-            compat.on_kv_cache_bound(layers[self.hot_name], partial(on_bound, self.hot_name))
-        operators = device_operators()
-        if operators is not None:
-            self.decode_path = self._shared_decode_path(operators, layers)
+        plan = self._engine.method.plan(self.head_size, self.shape.torch_dtype, self.shape.group)
+        self._owns_requests = not plan.is_paged
+        if plan.is_paged and plan.blocks_per_request:
+            self.companion_name = f"{own_name}.lrqk_request_blocks"
+            expected.append(self.companion_name)
+            companion = layers[self.companion_name] = CompanionLayer(self.num_kv_heads, self.head_size)
+            compat.on_kv_cache_bound(companion, partial(on_bound, self.companion_name))
+        self.workspace = self._shared_workspace(layers)
 
-    def _shared_decode_path(self, operators: Any, layers: dict[str, Any]) -> Any:
-        """The decode path of the other layers of this worker, if they have this layer's shapes, or a new one."""
-        shape = (self.num_heads, self.num_kv_heads, self.head_size)
+    def _place(self, name: str) -> LayerPlace:
+        parallel = self._vllm_config.parallel_config
+        ranks = parallel.tensor_parallel_size
+        return LayerPlace(compat.layer_number(name), parallel.rank % ranks, ranks)
+
+    def _shared_workspace(self, layers: dict[str, Any]) -> Any:
+        """The workspace of the other layers of this worker that have this layer's shape, or a new one."""
         for layer in layers.values():
             impl = getattr(layer, "impl", None)
-            if isinstance(impl, LRQKImpl) and impl.decode_path is not None:
-                path = impl.decode_path
-                if (path.heads, path.kv_heads, path.head_size) == shape:
-                    return path
-        return make_decode_path(operators, self._vllm_config, read_config(self._vllm_config), *shape)
+            if isinstance(impl, MethodImpl) and impl.workspace is not None and impl.shape == self.shape:
+                return impl.workspace
+        max_requests = self._vllm_config.scheduler_config.max_num_seqs
+        max_model_len, device = self._vllm_config.model_config.max_model_len, current_device(self._vllm_config)
+        return self._engine.method.make_workspace(self.shape, max_requests, max_model_len, device)
+
+    def release(self) -> None:
+        """Let go of vLLM's memory and of the worker; no step may follow before new memory is bound."""
+        self.worker = self.layer = None
+        if self.companion_name is not None:
+            companion = self._vllm_config.compilation_config.static_forward_context[self.companion_name]
+            companion.kv_cache = torch.tensor([])
 
     def forward(
         self,
@@ -112,7 +117,7 @@ class LRQKImpl(AttentionImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: Any,
+        attn_metadata: Step | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -122,13 +127,28 @@ class LRQKImpl(AttentionImpl):
         Args:
             query, output: [T, H, d].
             key, value: [T, KV, d].
-            attn_metadata: the builder's `Step` or `DeviceStep`; None in a profiling run, which leaves zeros.
+            attn_metadata: None in a profiling run, which leaves zeros.
         """
-        if attn_metadata is None or self.state is None:
+        if attn_metadata is None or self.layer is None:
             return output.zero_()
-        count = attn_metadata.num_tokens
-        hot_table = None if self.hot_name is None else compat.forward_metadata(self.hot_name).blocks
+        step, count = attn_metadata, attn_metadata.num_tokens
+        blocks = step.block_table if self._owns_requests else None
+        if self.companion_name is not None:
+            blocks = compat.forward_metadata(self.companion_name).blocks
+        rows = query[:count], key[:count], value[:count]
         if self.capture is not None:
-            self.capture.write(query[:count], key[:count], value[:count], attn_metadata)
-        self.state.forward(query[:count], key[:count], value[:count], attn_metadata, hot_table, output[:count])
+            self.capture.write(*rows, step)
+        self.layer.forward(*rows, step, blocks, output[:count])
         return output
+
+
+@cache
+def impl_class(method: str) -> type[MethodImpl]:
+    """The implementation of one method."""
+    return type(f"{method}Impl", (MethodImpl,), {"__module__": __name__, "__qualname__": f"{method}Impl"})
+
+
+def __getattr__(name: str) -> type[MethodImpl]:
+    if not name.endswith("Impl"):
+        raise AttributeError(name)
+    return impl_class(name.removesuffix("Impl"))

@@ -1,153 +1,106 @@
 """What happens once per engine before anything is allocated: settings are checked and completed."""
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_lrqk.core.host_pages import DEFAULT_MEMORY_SHARE, GIB, free_host_memory, host_page_bytes
+from vllm_lrqk import names
+from vllm_lrqk.core.config import ConfigError
+from vllm_lrqk.core.host_pages import GIB, free_host_memory
 from vllm_lrqk.integration import compat
-from vllm_lrqk.integration.blocks import hot_format, page_format
-from vllm_lrqk.integration.checks import check_model, check_selector
-from vllm_lrqk.integration.device import check_device, check_pinned_share
-from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
-from vllm_lrqk.plugin import BACKEND
+from vllm_lrqk.integration.checks import check_host_memory, check_model, check_pinned_share, check_selector
+from vllm_lrqk.integration.settings import (
+    Engine,
+    EngineSettings,
+    engine_of,
+    host_plan,
+    make_method,
+    misplaced_settings,
+    model_group,
+    num_layers,
+)
+from vllm_lrqk.methods import METHODS
 
 logger = compat.logger("lrqk")
 
 
-class ResolvedSettings(dict):
-    """vLLM's `additional_config` plus the host memory that this engine settled on.
+def chosen_method(attention_config: Any) -> str | None:
+    """The backend name of the method that the configuration names, for all layers or for a kind of them.
 
-    An attribute rather than an item: it reaches every worker with the configuration, but stays out of
-    the hash that names compiled graphs, which a figure of free memory would change at every start.
+    Raises:
+        ConfigError: it names one for layers that no method serves.
     """
-
-    host_memory_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class HostPlan:
-    """How the host tier of one rank is cut."""
-
-    memory_bytes: int
-    page_bytes: int
-
-    @property
-    def num_pages(self) -> int:
-        """Host pages, the null block's included."""
-        return self.memory_bytes // self.page_bytes
-
-
-def read_config(vllm_config: Any) -> LRQKConfig:
-    """The plugin's configuration out of vLLM's."""
-    additional = vllm_config.additional_config
-    values = additional.get("lrqk", {}) if isinstance(additional, dict) else {}
-    return LRQKConfig.from_dict(values)
-
-
-def uses_hot_cache(config: LRQKConfig) -> bool:
-    """Whether the hot group exists: "auto" means where host and device memory differ."""
-    if config.hot_cache == "auto":
-        from vllm.platforms import current_platform
-
-        return not current_platform.is_cpu()
-    return bool(config.hot_cache)
-
-
-def host_plan(vllm_config: Any) -> HostPlan:
-    """Memory of the host tier of one rank, and what a page takes of it."""
-    config, model, parallel = read_config(vllm_config), vllm_config.model_config, vllm_config.parallel_config
-    memory = getattr(vllm_config.additional_config, "host_memory_bytes", None)
-    if memory is None:
-        memory = _host_memory_bytes(config, parallel)
-    layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
-    heads = model.get_num_kv_heads(parallel)
-    return HostPlan(memory, host_page_bytes(config.page_size, heads, model.get_head_size(), model.dtype, layers))
-
-
-def _host_memory_bytes(config: LRQKConfig, parallel: Any) -> int:
-    ranks = max(1, parallel.world_size // max(1, parallel.nnodes))
-    if config.host_memory_gib is None:
-        return int(free_host_memory() * DEFAULT_MEMORY_SHARE) // ranks
-    return int(config.host_memory_gib * GIB) // ranks
-
-
-def check_host_memory(plan: HostPlan, config: LRQKConfig, max_model_len: int) -> None:
-    """Raise ConfigError unless one request of `max_model_len` tokens fits into the host tier."""
-    needed = -(-max_model_len // config.page_size) + 1
-    if plan.num_pages >= needed:
-        return
-    source = "lrqk.host_memory_gib" if config.host_memory_gib is not None else "half of the free host memory"
-    raise ConfigError(
-        f"{source} gives {plan.memory_bytes / GIB:.3g} GiB per rank, but keys and values of max_model_len="
-        f"{max_model_len} tokens need {needed * plan.page_bytes / GIB:.3g} GiB: raise lrqk.host_memory_gib "
-        "or lower --max-model-len."
-    )
+    per_kind = {kind: backend.name for kind, backend in attention_config.backend_per_kind.items()}
+    for kind, name in per_kind.items():
+        if name in METHODS and kind != "full_attention":
+            raise ConfigError(
+                f"backend_per_kind[{kind!r}] is {name}, but {name} serves full_attention only: remove it."
+            )
+    backend = None if attention_config.backend is None else attention_config.backend.name
+    name = per_kind.get("full_attention", backend)
+    return name if name in METHODS else None
 
 
 def prepare(vllm_config: Any) -> None:
-    """Check and complete the configuration of an engine that chose LRQK; leave every other one alone.
+    """Check and complete the configuration of an engine that chose a method; leave every other one alone.
 
     Raises:
-        ConfigError: something is set that LRQK cannot serve.
+        ConfigError: something is set that cannot be served.
     """
-    backend = vllm_config.attention_config.backend
-    additional = vllm_config.additional_config
-    if backend is None or backend.name != BACKEND:
-        if isinstance(additional, dict) and "lrqk" in additional:
-            logger.warning_once("additional_config has lrqk settings, but the attention backend is not %s.", BACKEND)
+    name, additional = chosen_method(vllm_config.attention_config), vllm_config.additional_config
+    if name is None:
+        for key in misplaced_settings(additional):
+            logger.warning_once("additional_config has %s settings, but the attention backend is another.", key)
         return
-    model = vllm_config.model_config
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     if model is None:
         return
-    config = read_config(vllm_config)
-    check_model(vllm_config, config)
+    method = make_method(name, additional, vllm_config.device_config.device_type)
+    check_model(vllm_config, method)
     _warn_untested_version()
 
-    cache = vllm_config.cache_config
-    if cache.user_specified_block_size and cache.block_size != config.page_size:
+    group = model_group(vllm_config)
+    plan = method.plan(model.get_head_size(), model.dtype, group)
+    if cache.user_specified_block_size and cache.block_size != plan.block_size:
         raise ConfigError(
-            f"--block-size is {cache.block_size}, but lrqk.page_size is {config.page_size}: "
-            "leave --block-size out and set lrqk.page_size."
+            f"--block-size is {cache.block_size}, but {method.block_size_setting} is {plan.block_size}: "
+            f"leave --block-size out and set {method.block_size_setting}."
         )
-    cache.block_size, cache.user_specified_block_size = config.page_size, True
+    cache.block_size, cache.user_specified_block_size = plan.block_size, True
 
-    if vllm_config.device_config.device_type != "cpu":
-        check_device(vllm_config, config)
-        if config.host_memory_gib is not None and getattr(additional, "host_memory_bytes", None) is None:
-            check_pinned_share(int(config.host_memory_gib * GIB), free_host_memory())
-    settings = ResolvedSettings(additional if isinstance(additional, dict) else {})
-    settings.host_memory_bytes = host_plan(vllm_config).memory_bytes
-    vllm_config.additional_config = settings
-    plan = host_plan(vllm_config)
-    if model.original_max_model_len != -1:
-        check_host_memory(plan, config, model.max_model_len)
+    if not plan.is_paged and cache.enable_prefix_caching:
+        logger.warning_once("%s keeps one memory per request, so prefix caching is switched off.", name)
+        cache.enable_prefix_caching = False
+
+    engine = getattr(additional, "engine", None)  # of this configuration before vLLM copied it
+    if engine is None:
+        engine = Engine(method, group, host_plan(method, vllm_config))
+        if vllm_config.device_config.device_type != "cpu" and method.host_memory_gib is not None:
+            field = f"{method.settings.key}.host_memory_gib"
+            check_pinned_share(int(method.host_memory_gib * GIB), free_host_memory(), field)
+    vllm_config.additional_config = EngineSettings(additional if isinstance(additional, dict) else {})
+    vllm_config.additional_config.engine = engine
+    if engine.host is not None and model.original_max_model_len != -1:
+        check_host_memory(method, engine.host, plan.block_size, model.max_model_len)
 
     parallel = vllm_config.parallel_config
     if not parallel.worker_extension_cls:
-        parallel.worker_extension_cls = "vllm_lrqk.integration.worker.WorkerExtension"
+        parallel.worker_extension_cls = names.WORKER_EXTENSION
     if vllm_config.device_config.device_type == "cpu":
-        _size_cpu_pool(vllm_config, config, plan)
+        _size_cpu_pool(vllm_config, engine)
 
 
-def _size_cpu_pool(vllm_config: Any, config: LRQKConfig, plan: HostPlan) -> None:
-    """On the CPU platform give the factor pool as many blocks as there are host pages, unless the user sized it.
+def _size_cpu_pool(vllm_config: Any, engine: Engine) -> None:
+    """On the CPU platform give the pool as many blocks as there are host pages, unless the user sized it.
 
-    vLLM would otherwise offer nearly all memory to factors, many times what the host tier can back.
+    vLLM would otherwise offer nearly all memory to it, many times what the host tier can back.
     """
-    cache = vllm_config.cache_config
-    if cache.kv_cache_memory_bytes is not None or cache.num_gpu_blocks_override is not None:
+    cache, plan = vllm_config.cache_config, engine.plan(vllm_config)
+    if engine.host is None or cache.kv_cache_memory_bytes is not None or cache.num_gpu_blocks_override is not None:
         return
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    blocks = plan.num_pages
-    if uses_hot_cache(config):
-        per_request = hot_format(config, model.get_head_size(), model.dtype).blocks_for(config.num_hot_rows)
-        blocks += per_request * vllm_config.scheduler_config.max_num_seqs
-    layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
-    page_bytes = page_format(config, model.get_head_size()).page_bytes
-    cache.kv_cache_memory_bytes = blocks * layers * model.get_num_kv_heads(parallel) * page_bytes
+    blocks = engine.host.num_pages + plan.blocks_per_request * vllm_config.scheduler_config.max_num_seqs
+    kv_heads = vllm_config.model_config.get_num_kv_heads(vllm_config.parallel_config)
+    cache.kv_cache_memory_bytes = blocks * num_layers(vllm_config) * kv_heads * plan.block_bytes
 
 
 def _warn_untested_version() -> None:
@@ -163,6 +116,32 @@ def select_backend(backend: Any, selector_config: AttentionSelectorConfig) -> st
     return backend.get_path()
 
 
-def kv_dtype(vllm_config: Any) -> torch.dtype:
-    """Element type of keys and values in the host tier: the model's."""
-    return vllm_config.model_config.dtype
+def start_line(vllm_config: Any, layers: int, kv_heads: int, kernels: str, num_blocks: int) -> str:
+    """What an engine has room for, for the log.
+
+    Args:
+        layers: of this rank.
+        num_blocks: of vLLM's pool.
+    """
+    engine, plan = engine_of(vllm_config), engine_of(vllm_config).plan(vllm_config)
+    model, heads = vllm_config.model_config, layers * kv_heads
+    start = f"{engine.method.name} ({kernels} kernels):"
+    if not plan.is_paged:
+        bytes_per_request = heads * plan.block_bytes * plan.blocks_per_request
+        requests = (num_blocks - 1) // plan.blocks_per_request
+        return (
+            f"{start} {bytes_per_request / 2**20:,.1f} MiB per request and rank, however long it is; "
+            f"room for {requests:,} requests of any length."
+        )
+    device_bytes, device_tokens = heads * plan.bytes_per_token, num_blocks * plan.block_size
+    dense_bytes = heads * 2 * model.get_head_size() * model.dtype.itemsize
+    dense = (
+        f"dense attention would have had {int(device_tokens * device_bytes / dense_bytes):,} in the same device memory"
+    )
+    if engine.host is None:
+        return f"{start} {device_bytes:,} device bytes per token and rank; room for {device_tokens:,} tokens; {dense}."
+    page_size, host_bytes = plan.block_size, engine.host.page_bytes // plan.block_size
+    host_tokens = (engine.host.num_pages - 1) * page_size
+    tokens = min(host_tokens, (num_blocks - 1) * page_size)
+    room = f"room for {tokens:,} tokens (host memory holds {host_tokens:,}, device memory {device_tokens:,})"
+    return f"{start} {device_bytes} device bytes and {host_bytes} host bytes per token and rank; {room}; {dense}."

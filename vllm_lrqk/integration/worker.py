@@ -1,146 +1,160 @@
-"""One worker's share of an engine: its layers' state, counters and log lines."""
+"""One worker's share of an engine: its layers, what happens between their steps, counters and log lines."""
 
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_lrqk.core.capture import LayerCapture, LayerShape
+from vllm_lrqk import devices
+from vllm_lrqk.core.capture import LayerCapture
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.host_pages import allocate_host_pages
-from vllm_lrqk.core.hot_rows import HotCache
-from vllm_lrqk.core.layer import LayerState
-from vllm_lrqk.device_layer import DeviceLayerState
+from vllm_lrqk.core.layer import Layer, LayerMemory, LayerPlace, LayerShape
+from vllm_lrqk.core.step import Step, filled_pages
+from vllm_lrqk.devices.pinned import PinnedMemory, device_address, release_all, released_with
 from vllm_lrqk.integration import compat
-from vllm_lrqk.integration.blocks import FactorSpec, hot_format, page_format
-from vllm_lrqk.integration.startup import check_host_memory, host_plan, kv_dtype, read_config
-from vllm_lrqk.methods.lrqk.format import FactorPages
+from vllm_lrqk.integration.settings import engine_of, kv_dtype
+from vllm_lrqk.integration.startup import start_line
 
 logger = compat.logger("lrqk")
 
 
-class WorkerState:
-    """State that the layers of one KV-cache group share in one worker."""
+class Worker:
+    """What the layers of one KV-cache group share in one worker.
 
-    def __init__(self, spec: FactorSpec, layer_names: list[str], vllm_config: Any) -> None:
-        self.counters = Counters()
+    Args:
+        spec: of the group's layers.
+    """
+
+    def __init__(self, spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        self.vllm_config = vllm_config
+        self.engine = engine_of(vllm_config)
+        self.layers: list[Layer] = []
         self.pages_in_use = 0
-        self.step = 0
-        self._spec = spec
-        self._config = read_config(vllm_config)
-        self._plan = host_plan(vllm_config)
-        self._dtype = kv_dtype(vllm_config)
-        self._hot_format = hot_format(self._config, spec.head_size, self._dtype)
-        self._waiting = set(layer_names)
+        self._spec, self._device = spec, device
+        self._plan = self.engine.method.plan(spec.head_size, kv_dtype(vllm_config), self.engine.group)
+        self._impls = [vllm_config.compilation_config.static_forward_context[name].impl for name in layer_names]
         self._num_layers = len(layer_names)
+        self.counters = Counters(self.engine.method.tallies, len(layer_names), device)
+        self._filled: torch.Tensor | None = None
+        self._pinned = released_with(self)
         self._rank = vllm_config.parallel_config.rank
         self._world_size = vllm_config.parallel_config.world_size
-        self._logged = Counters()
-        self._logged_at = time.monotonic()
+        self._logged, self._logged_at = self._count(self.counters.wait()), time.monotonic()
         self._interval = float(os.environ.get("VLLM_LOG_STATS_INTERVAL", "10"))
-        check_host_memory(self._plan, self._config, vllm_config.model_config.max_model_len)
+        compat.release_at_worker_shutdown(self)
 
-    def create_state(
-        self, name: str, raw: torch.Tensor, hot_raw: torch.Tensor | None, scale: float, path: Any
-    ) -> LayerState | DeviceLayerState:
-        """Allocate a layer's host pages and join them with the tensors that vLLM allocated.
+    def create_layer(
+        self,
+        shape: LayerShape,
+        place: LayerPlace,
+        blocks: torch.Tensor,
+        companion: torch.Tensor | None,
+        workspace: Any,
+    ) -> Layer:
+        """Join a layer's host pages with the tensors that vLLM allocated.
 
         Args:
-            raw: [num_blocks, KV, N, bytes per token], the layer's factor pages.
-            hot_raw: the same shape, its companion's hot blocks.
-            path: the worker's `DecodePath`, on a CUDA device.
+            blocks: [num_blocks, KV, N, bytes per token], of the layer itself.
+            companion: the same shape, of the companion that owns the request blocks.
+            workspace: what the method made for layers of this shape.
         """
-        spec, head_size = self._spec, self._spec.head_size
-        num_pages = min(raw.shape[0], spec.host_pages)
-        host = allocate_host_pages(num_pages, spec.num_kv_heads, spec.block_size, head_size, self._dtype)
-        factors = FactorPages(raw.view(torch.uint8).flatten(2), page_format(self._config, head_size))
-        hot_bytes = None if hot_raw is None else hot_raw.view(torch.uint8).flatten(2)
-        state = self._join(factors, host, hot_bytes, scale, path)
-        self._waiting.discard(name)
-        if not self._waiting:
-            self._all_created()
+        own = blocks.view(torch.uint8).flatten(2)
+        other = None if companion is None else companion.view(torch.uint8).flatten(2)
+        host = self._host_pages(shape, len(own))
+        memory = LayerMemory(own, other, host) if self._plan.is_paged else LayerMemory(None, own, host)
+        tallies, rest = self.counters.tallies[len(self.layers)], (workspace, self.counters)
+        layer = self.engine.method.make_layer(shape, place, memory, *rest, tallies, self._device)
+        self.layers.append(layer)
+        if len(self.layers) == self._num_layers:
+            self.layers[0].warm_up()
             if self._rank == 0:
-                self._log_start(state.kernels.name, raw.shape[0], num_pages)
-        return state
+                heads = self._spec.num_kv_heads
+                logger.info(start_line(self.vllm_config, self._num_layers, heads, layer.kernels_name, len(own)))
+        return layer
 
-    def create_capture(self, name: str, heads: int, scale: float) -> LayerCapture | None:
-        """What writes the tokens of a layer to files, if that is asked for."""
-        config, spec = self._config, self._spec
-        if config.capture is None:
+    def _host_pages(self, shape: LayerShape, num_blocks: int) -> torch.Tensor | None:
+        if self.engine.num_host_pages is None:
             return None
-        dtype = str(self._dtype).removeprefix("torch.")
-        shape = LayerShape(heads, spec.num_kv_heads, spec.head_size, dtype, scale)
+        num_pages = min(num_blocks, self.engine.num_host_pages)
+        if self._device.type == "cuda" and self.vllm_config.cache_config.num_gpu_blocks is None:
+            num_pages = min(num_pages, 2)  # vLLM profiles graphs, whose steps write to no page but the null block's
+        host = allocate_host_pages(num_pages, shape.kv_heads, self._plan.block_size, shape.head_size, shape.torch_dtype)
+        if self._device.type == "cuda":
+            self._pinned.append(PinnedMemory(host, torch.cuda.cudart()))
+            device_address(host, devices.cuda_operators(self._device))
+        return host
+
+    def create_capture(self, name: str, shape: LayerShape) -> LayerCapture | None:
+        """What writes the tokens of a layer to files, if that is asked for."""
+        settings = self.engine.method.settings
+        if settings.capture is None:
+            return None
         file_name = name if self._world_size == 1 else f"{name}-rank{self._rank}"
-        return LayerCapture(Path(config.capture), file_name, shape, config.capture_tokens)
+        return LayerCapture(Path(settings.capture), file_name, shape, settings.capture_tokens)
 
-    def _join(
-        self, factors: FactorPages, host: torch.Tensor, hot_bytes: torch.Tensor | None, scale: float, path: Any
-    ) -> LayerState | DeviceLayerState:
-        hot = None if hot_bytes is None else HotCache(hot_bytes, self._hot_format, len(host))
-        return LayerState(factors, host, hot, scale, self._config, self.counters)
+    def begin_step(self, step: Step, is_capture: bool) -> None:
+        """Seal the pages that the last step's decode tokens filled, and note those of this one.
 
-    def _all_created(self) -> None:
-        """Called once every layer has its state."""
+        Runs before the step or the replay of its graph, behind everything that the last step launched. At vLLM's
+        logging interval begins to copy the counts, and logs them once they are there: nothing waits for the device.
+        """
+        if self._filled is not None:
+            for layer in self.layers:
+                layer.seal(self._filled)
+        self._filled = None if is_capture or not self._plan.is_paged else filled_pages(step)
+        if is_capture:
+            return
+        self.counters.decode_tokens += step.num_decodes * self._num_layers
+        if self._rank == 0:
+            self._log(step)
 
-    def _log_start(self, kernels: str, num_blocks: int, num_pages: int) -> None:
-        page_size = self._spec.block_size
-        device_bytes = self._num_layers * self._spec.page_size_bytes / page_size
-        host_bytes = self._plan.page_bytes / page_size
-        logger.info(
-            "LRQK (%s kernels): %.0f device bytes and %.0f host bytes per token and rank; room for %s tokens "
-            "(host memory holds %s, device memory %s); dense attention would have had %s in the same device memory.",
-            kernels,
-            device_bytes,
-            host_bytes,
-            f"{(num_pages - 1) * page_size:,}",
-            f"{(self._plan.num_pages - 1) * page_size:,}",
-            f"{num_blocks * page_size:,}",
-            f"{int(num_blocks * page_size * device_bytes / host_bytes):,}",
-        )
+    def _log(self, step: Step) -> None:
+        arrived = self.counters.arrived()
+        if arrived is not None:
+            counts, self.pages_in_use = arrived
+            now, counts = time.monotonic(), self._count(counts)
+            recent = {name: value - self._logged[name] for name, value in counts.items()}
+            line = f"{self.engine.method.name}: {self.engine.method.describe(recent, now - self._logged_at)}"
+            pages = "" if self.engine.num_host_pages is None else f", host pages in use {self.pages_in_use:,}"
+            logger.info("%s%s.", line, pages)
+            self._logged, self._logged_at = counts, now
+        if time.monotonic() - self._logged_at >= self._interval and not self.counters.is_copying:
+            self.counters.start_copy(self._pages_in_use(step))
 
-    def next_step(self, block_table: torch.Tensor, seq_lens: torch.Tensor) -> int:
-        """Count a step; at vLLM's logging interval log what happened since the last time."""
-        self.step += 1
-        if self._is_time_to_log():
-            self.pages_in_use = int(self._count_pages(block_table, seq_lens))
-            self._log_recent()
-        return self.step
-
-    def read_counters(self) -> Counters:
-        """Counters since start-up."""
-        return self.counters
-
-    def _is_time_to_log(self) -> bool:
-        return self._rank == 0 and time.monotonic() - self._logged_at >= self._interval
-
-    def _log_recent(self) -> None:
-        now = time.monotonic()
-        self._log(self.counters.since(self._logged), now - self._logged_at)
-        self._logged, self._logged_at = self.counters.since(Counters()), now
-
-    def _count_pages(self, block_table: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    def _pages_in_use(self, step: Step) -> torch.Tensor:
         """Host pages that the requests hold, int64 [] on their device; the null page, 0, is none."""
-        index = torch.arange(block_table.shape[1], device=block_table.device)
-        used = index < -(-seq_lens[:, None] // self._spec.block_size)
-        is_held = torch.zeros(self._spec.host_pages, dtype=torch.int64, device=block_table.device)
-        held = torch.where(used, block_table, 0).long().clamp_max(self._spec.host_pages - 1)
+        num_pages, table = self.engine.num_host_pages or 1, step.block_table
+        index = torch.arange(table.shape[1], device=table.device)
+        used = index < -(-step.seq_lens[: len(table), None] // self._plan.block_size)
+        is_held = torch.zeros(num_pages, dtype=torch.int64, device=table.device)
+        held = torch.where(used, table, 0).long().clamp_max(num_pages - 1)
         return is_held.scatter_(0, held.flatten(), 1)[1:].sum()
 
-    def _log(self, recent: Counters, seconds: float) -> None:
-        logger.info(
-            "LRQK: rows attended %s, hit %s, missed %s (hit rate %.1f %%), fetched %.1f MiB (%.1f MiB/s), "
-            "host pages in use %s.",
-            f"{recent.rows_attended:,}",
-            f"{recent.rows_hit:,}",
-            f"{recent.rows_missed:,}",
-            100 * recent.hit_rate,
-            recent.bytes_fetched / 2**20,
-            recent.bytes_fetched / 2**20 / seconds,
-            f"{self.pages_in_use:,}",
-        )
+    def _count(self, counts: dict[str, int]) -> dict[str, int]:
+        row_bytes = 2 * self._spec.head_size * kv_dtype(self.vllm_config).itemsize
+        return self.engine.method.count(counts, self._spec.num_kv_heads, row_bytes)
+
+    def report(self) -> dict[str, float]:
+        """Bytes of this group's layers, and counts since start-up; waits for the device."""
+        heads, plan = self._num_layers * self._spec.num_kv_heads, self._plan
+        return {
+            "device_bytes_per_token": heads * plan.bytes_per_token if plan.is_paged else 0,
+            "device_bytes_per_request": heads * plan.block_bytes * plan.blocks_per_request,
+            "host_bytes_per_token": heads * plan.host_bytes_per_token,
+            **self._count(self.counters.wait()),
+        }
+
+    def release(self) -> None:
+        """Give the memory back to the system's use; no step may follow."""
+        release_all(self._pinned)
+        self._pinned.clear()
+        self.layers.clear()
+        for impl in self._impls:
+            impl.release()
 
 
 class WorkerExtension:
@@ -150,14 +164,9 @@ class WorkerExtension:
         """Counters since start-up of this rank, and the attention backend that each layer runs."""
         layers = self.vllm_config.compilation_config.static_forward_context  # type: ignore[attr-defined]
         impls = {name: layer.impl for name, layer in layers.items() if hasattr(layer, "impl")}
-        workers = [impl.worker for impl in impls.values() if getattr(impl, "worker", None) is not None]
-        states = [impl.state for impl in impls.values() if getattr(impl, "state", None) is not None]
-        counters = workers[0].read_counters() if workers else Counters()
-        tokens = states[0].host.shape[0] * states[0].host.shape[2] if states else 1
-        return {
-            "implementations": {name: type(impl).__name__ for name, impl in impls.items()},
-            "host_bytes_per_token": sum(state.host.nbytes for state in states) / tokens,
-            "device_bytes_per_token": sum(state.factors.bytes_per_token for state in states),
-            "hot_bytes_per_request": sum(state.hot_bytes_per_request for state in states),
-            **asdict(counters),
-        }
+        workers = {impl.worker for impl in impls.values() if getattr(impl, "worker", None) is not None}
+        total: dict[str, Any] = {}
+        for report in (worker.report() for worker in workers):
+            for name, value in report.items():
+                total[name] = total.get(name, 0) + value
+        return {"implementations": {name: type(impl).__name__ for name, impl in impls.items()}, **total}

@@ -13,9 +13,9 @@ from no_waits import Recorded, RecordedKernel, Waited, no_waits
 interpreted_kernels("methods.lrqk.triton_attend")
 from served_layers import ServedLayers  # noqa: E402
 
+from vllm_lrqk.core.counters import Counters  # noqa: E402
 from vllm_lrqk.core.prefill import _flash  # noqa: E402
-from vllm_lrqk.device_counters import DeviceCounters  # noqa: E402
-from vllm_lrqk.device_step import DeviceStep, filled_pages  # noqa: E402
+from vllm_lrqk.core.step import Step, filled_pages  # noqa: E402
 from vllm_lrqk.devices import cuda_prefill, triton_parts  # noqa: E402
 from vllm_lrqk.methods.lrqk import triton_attend  # noqa: E402
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath  # noqa: E402
@@ -49,13 +49,13 @@ def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
 def launches(layers: ServedLayers, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the layer launches from now on; nothing runs."""
     recorded = Recorded(layers.path.workspace.operators)
-    layers.path.workspace.operators = layers.layer.hot.operators = recorded
+    layers.path.workspace.operators = layers.hot.operators = recorded
     for module, name in ((triton_attend, "_attend_kernel"), (triton_parts, "_combine_kernel")):
         monkeypatch.setattr(module, name, RecordedKernel(name, recorded.calls))
     return recorded.calls
 
 
-def step_of(layers: ServedLayers, lengths: list[int]) -> DeviceStep:
+def step_of(layers: ServedLayers, lengths: list[int]) -> Step:
     batch = []
     for length in lengths:
         request = layers.admit()
@@ -122,7 +122,7 @@ def test_what_happens_between_steps_does_not_wait(layers: ServedLayers) -> None:
     layers.run([(request, 31)])
     step = layers.prepare([(request, 1)])
     layers.replay(step)
-    counters = DeviceCounters(1, torch.device("cpu"))
+    counters = Counters(("rows_hit", "rows_missed"), 1, torch.device("cpu"))
     with no_waits(may_allocate=True):
         pages = filled_pages(step)
         layers.seal(layers.capture(1))
@@ -145,13 +145,11 @@ def test_sealing_by_eigenvectors_waits() -> None:
 
 
 def test_counts_arrive_once() -> None:
-    counters = DeviceCounters(2, torch.device("cpu"))
+    counters = Counters(("rows_hit", "rows_missed"), 2, torch.device("cpu"))
     assert counters.arrived() is None
-    counters.rows += torch.tensor([[1, 2], [30, 40]])
+    counters.tallies += torch.tensor([[1, 2], [30, 40]])
     counters.start_copy(torch.tensor(7))
     assert counters.is_copying
-    counts = counters.arrived()
-    assert counts is not None
-    assert (counts.rows_hit, counts.rows_missed, counts.pages_in_use) == (31, 42, 7)
+    assert counters.arrived() == ({"decode_tokens": 0, "pages_sealed": 0, "rows_hit": 31, "rows_missed": 42}, 7)
     assert counters.arrived() is None
-    assert counters.wait() == (31, 42)
+    assert counters.wait() == {"decode_tokens": 0, "pages_sealed": 0, "rows_hit": 31, "rows_missed": 42}

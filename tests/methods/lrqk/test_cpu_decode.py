@@ -4,8 +4,9 @@ import pytest
 import torch
 from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, Layer, make_layer, relative_error
 
-from vllm_lrqk.methods.lrqk.kernels import force_kernels, kernels_for
-from vllm_lrqk.methods.lrqk.score import candidate_range, proxy_scores
+from vllm_lrqk.core.selection import candidate_range
+from vllm_lrqk.methods.lrqk.dispatch import force_kernels, kernels_for
+from vllm_lrqk.methods.lrqk.score import proxy_scores
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 from vllm_lrqk.methods.lrqk.torch_ops import kernels as torch_kernels
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, relative_error
 
+from vllm_lrqk.methods.lrqk.dispatch import force_kernels
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
-from vllm_lrqk.methods.lrqk.kernels import force_kernels
 from vllm_lrqk.methods.lrqk.score import proxy_scores
 from vllm_lrqk.methods.lrqk.seal import seal_pages
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig

@@ -7,8 +7,9 @@ from emulated import emulated_operators
 from interpreted import interpreted_kernels
 from selections import HALF, assert_selects_like
 
+from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace
-from vllm_lrqk.methods.lrqk.score import Selection, select
+from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 triton_select = interpreted_kernels("methods.lrqk.triton_select")

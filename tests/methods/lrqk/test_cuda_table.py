@@ -12,13 +12,14 @@ from selections import HALF, assert_selects_like
 
 interpreted_kernels("methods.lrqk.triton_attend")
 
-from vllm_lrqk.core.attend import attend, gather_rows  # noqa: E402
-from vllm_lrqk.core.prefill import _flash, prefill_attention, query_grams  # noqa: E402
+from vllm_lrqk.core.attend import gather_rows  # noqa: E402
+from vllm_lrqk.core.prefill import _flash, prefill_attention  # noqa: E402
 from vllm_lrqk.devices import cuda_library, cuda_prefill  # noqa: E402
 from vllm_lrqk.methods.lrqk import cuda  # noqa: E402
+from vllm_lrqk.methods.lrqk.decode import attend_selection  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
 from vllm_lrqk.methods.lrqk.kernels import Kernels  # noqa: E402
-from vllm_lrqk.methods.lrqk.seal import seal_pages  # noqa: E402
+from vllm_lrqk.methods.lrqk.seal import query_grams, seal_pages  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 from vllm_lrqk.methods.lrqk.torch_ops import kernels as torch_kernels  # noqa: E402
 
@@ -73,18 +74,18 @@ def test_decode_attention_with_residual(kernels: Kernels, residual: str) -> None
     selection = kernels.select(*arguments)
     assert attended.tolist() == (selection.rows >= 0).sum((1, 2)).tolist()
     rows_kv = gather_rows(batch.host, batch.block_table, selection.rows)
-    expected = attend(batch.query, rows_kv, selection, batch.factors, batch.block_table, batch.scale)
+    expected = attend_selection(batch.query, rows_kv, selection, batch.factors, batch.block_table, batch.scale)
     assert relative_error(output, expected) < 2e-6
 
 
 def test_append_rows(kernels: Kernels) -> None:
     host = torch.full((6, 2, 16, 2, 32), torch.nan)
-    slots = torch.tensor([17, -1, 95, 32])
+    slot_mapping = torch.tensor([17, -1, 95, 32])
     wide = torch.randn(4, 3, 2, 32)  # key and value as vLLM hands them over: slices of one projection
     key, value = wide[:, 0], wide[:, 2]
     expected = host.clone()
-    torch_kernels().append_rows(key, value, expected, slots)
-    kernels.append_rows(key, value, host, slots)
+    torch_kernels().append_rows(key, value, expected, slot_mapping)
+    kernels.append_rows(key, value, host, slot_mapping)
     torch.testing.assert_close(host, expected, equal_nan=True, rtol=0, atol=0)
 
 

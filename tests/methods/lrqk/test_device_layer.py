@@ -1,4 +1,4 @@
-"""The layer state of CUDA devices, with emulated and interpreted kernels, against the plain torch one."""
+"""The layer with the CUDA decoder, with emulated and interpreted kernels, against the plain torch one."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ interpreted_kernels("methods.lrqk.triton_attend")
 from served_layers import ServedLayers, serve  # noqa: E402
 
 from vllm_lrqk.core.prefill import _flash  # noqa: E402
-from vllm_lrqk.device_step import build_device_step  # noqa: E402
+from vllm_lrqk.core.step import build_step  # noqa: E402
 from vllm_lrqk.devices import cuda_prefill  # noqa: E402
 from vllm_lrqk.methods.lrqk.cuda_decode import requests_at_once  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
@@ -36,7 +36,7 @@ def test_sparse_selection(residual: str) -> None:
     """One of 12 rows may change places with one of nearly equal weight, which both leave to the residual."""
     layers = ServedLayers(emulated_operators(), replace(SPARSE, residual=residual), CPU, at_once=2)
     serve(layers, 0.1)
-    hits, misses = layers.layer.hot.counters.tolist()
+    hits, misses = layers.hot.counters.tolist()
     assert hits > 0
     assert misses > 0
 
@@ -56,19 +56,20 @@ def test_a_page_is_sealed_before_the_next_step() -> None:
 
 def test_warm_up_touches_nothing() -> None:
     layers = ServedLayers(emulated_operators(), SPARSE, CPU)
-    before = layers.layer.hot.raw.clone(), layers.layer.factors.raw.clone(), layers.layer.host.clone()
+    before = layers.hot.raw.clone(), layers.layer.factors.raw.clone(), layers.layer.host.clone()
     layers.layer.warm_up()
-    assert torch.equal(layers.layer.hot.raw, before[0])
+    assert torch.equal(layers.hot.raw, before[0])
     assert torch.equal(layers.layer.factors.raw, before[1])
     assert torch.equal(layers.layer.host.isnan(), before[2].isnan())
-    assert layers.layer.hot.counters.tolist() == [0, 0]
+    assert layers.hot.counters.tolist() == [0, 0]
 
 
 def test_pages_without_host_memory_are_left_alone() -> None:
     """vLLM's warm-up hands out block ids of its own: rows of such pages are neither stored nor fetched nor sealed."""
     layers = ServedLayers(emulated_operators(), SPARSE, CPU)
-    host, generation = layers.layer.host, layers.layer.hot.generation
-    layers.layer.host, layers.layer.hot.generation = host[:3], generation[:3]
+    host, generation = layers.layer.host, layers.hot.generation
+    layers.layer.host = layers.layer.decoder.host = host[:3]
+    layers.hot.generation = generation[:3]
     host[3:] = torch.arange(3, len(host)).view(-1, 1, 1, 1, 1)
     beyond = host[3:].clone()
     request = layers.admit()
@@ -80,16 +81,16 @@ def test_pages_without_host_memory_are_left_alone() -> None:
     assert torch.equal(host[3:], beyond)
     assert generation.nonzero().flatten().tolist() == [2]
     assert host[2, :, 0].isfinite().all()
-    assert layers.layer.hot.counters.tolist() == [0, 0]
+    assert layers.hot.counters.tolist() == [0, 0]
 
 
-class TestBuildDeviceStep:
+class TestBuildStep:
     TABLE = torch.arange(20).view(4, 5).int()
     SLOTS = torch.arange(64)
 
     def build(self, counts: list[int], lens: list[int]):  # type: ignore[no-untyped-def]
         starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        return build_device_step(starts, lens, self.TABLE, torch.tensor(lens).int(), self.SLOTS, 16)
+        return build_step(starts, lens, self.TABLE, torch.tensor(lens).int(), self.SLOTS, 16)
 
     def test_single_tokens_decode(self) -> None:
         step = self.build([1, 1, 3, 20], [32, 7, 3, 40])
@@ -109,8 +110,8 @@ class TestBuildDeviceStep:
     def test_tensors_are_those_of_the_batch(self) -> None:
         """A captured graph reads the memory that vLLM fills before each replay."""
         lens = torch.tensor([5, 6]).int()
-        step = build_device_step([0, 1, 2], [5, 6], self.TABLE, lens, self.SLOTS, 16)
-        pointers = (step.block_table.data_ptr(), step.seq_lens.data_ptr(), step.slots.data_ptr())
+        step = build_step([0, 1, 2], [5, 6], self.TABLE, lens, self.SLOTS, 16)
+        pointers = (step.block_table.data_ptr(), step.seq_lens.data_ptr(), step.slot_mapping.data_ptr())
         assert pointers == (self.TABLE.data_ptr(), lens.data_ptr(), self.SLOTS.data_ptr())
 
 

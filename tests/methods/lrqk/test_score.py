@@ -5,7 +5,8 @@ import pytest
 import torch
 from batches import Batch, make_batch, token_proxies
 
-from vllm_lrqk.methods.lrqk.score import Selection, candidate_range, proxy_scores, select
+from vllm_lrqk.core.selection import Selection, candidate_range
+from vllm_lrqk.methods.lrqk.score import proxy_scores, select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 CONFIG = LRQKConfig(rank=8, page_size=16, top_k=20, recent_tokens=5, sink_tokens=3)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from pages import empty_factors, host_pages, page_scores, relative, sealed
 
 from vllm_lrqk.evaluation.reference.published import factorize_prompt
-from vllm_lrqk.methods.lrqk.seal import _top_columns, lrqk_projections, seal_pages, value_regression, values_first
+from vllm_lrqk.methods.lrqk.seal import _top_columns, lrqk_projections, seal_pages
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.values import value_regression, values_first
 
 RANKS = st.integers(1, 8).map(lambda n: 4 * n)
 PAGE_SIZES = st.sampled_from([16, 32, 64, 128, 256])
@@ -42,7 +43,7 @@ def test_gram_form_is_the_explicit_iterate(seed, tokens, d, rank, iterations):
     """
     query, key = decaying(tokens, d, seed=seed).double(), decaying(tokens, d, seed=seed + 7).double()
     gram_q, gram_k = query.T @ query, key.T @ key
-    with patch("vllm_lrqk.methods.lrqk.seal.RIDGE", 1e-10):
+    with patch("vllm_lrqk.methods.lrqk.values.RIDGE", 1e-10):
         x, y = lrqk_projections(gram_q, gram_k, rank, iterations, 1.0, 1.0)
     columns = _top_columns(gram_q, gram_k, rank)
     explicit = factorize_prompt(query, key, query @ columns, key @ columns, iterations, tolerance=0.0)

@@ -8,13 +8,16 @@ import torch
 from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, Layer, make_layer
 from interpreted import interpreted_kernels
 
+from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.counters import Counters
-from vllm_lrqk.core.layer import LayerState
+from vllm_lrqk.core.selection import Selection, candidate_range, heaviest
 from vllm_lrqk.core.step import build_step
+from vllm_lrqk.methods.lrqk.cpu_decoders import TALLIES, InPlaceDecoder
 from vllm_lrqk.methods.lrqk.cuda_select import check_config
-from vllm_lrqk.methods.lrqk.kernels import force_kernels, kernels_for
-from vllm_lrqk.methods.lrqk.score import Selection, candidate_range, heaviest, proxy_scores, select
-from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
+from vllm_lrqk.methods.lrqk.dispatch import force_kernels, kernels_for
+from vllm_lrqk.methods.lrqk.layer import LRQKLayer
+from vllm_lrqk.methods.lrqk.score import proxy_scores, select
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 SHARES = [1e-6, 0.3, 0.9, 0.999, 0.9999999]
 # Relative error of a weight. Torch and Triton: float32 scores below 30. Compiled: the scores' own error, which
@@ -170,22 +173,23 @@ def test_compiled_decode_attends_what_it_selects(lengths: list[int]) -> None:
 
 def count_rows(layer: Layer) -> int:
     """Rows that the counters of a layer in service say were attended in one decode step."""
-    counters = Counters()
-    state = LayerState(layer.factors, layer.host, None, layer.scale, layer.config, counters)
+    counters, kernels = Counters(TALLIES, 1, layer.host.device), kernels_for(layer.host.device)
+    decoder = InPlaceDecoder(layer.factors, layer.host, kernels, layer.scale, layer.config, counters.tallies[0])
+    state = LRQKLayer(layer.factors, layer.host, decoder, kernels, layer.scale, layer.config, counters)
     last = layer.seq_lens.long() - 1
     page = layer.block_table.long().gather(1, (last // layer.config.page_size)[:, None])[:, 0]
     offset = last % layer.config.page_size
     step = build_step(
         list(range(len(last) + 1)),
-        layer.seq_lens,
-        [False] * len(last),
+        layer.seq_lens.tolist(),
         layer.block_table,
+        layer.seq_lens,
         page * layer.config.page_size + offset,
         layer.config.page_size,
     )
     rows = layer.host[page, :, offset]  # [B, KV, 2, d]
     state.forward(layer.query, rows[:, :, 0], rows[:, :, 1], step, None, torch.empty_like(layer.query))
-    return counters.rows_attended
+    return counters.wait()["rows_read_in_place"]
 
 
 def test_counted_rows_fall() -> None:

@@ -7,8 +7,10 @@ import torch
 from batches import Batch, make_batch
 from interpreted import interpreted_kernels
 
-from vllm_lrqk.core.attend import attend, gather_rows
-from vllm_lrqk.methods.lrqk.score import Selection, select
+from vllm_lrqk.core.attend import gather_rows
+from vllm_lrqk.core.selection import Selection
+from vllm_lrqk.methods.lrqk.decode import attend_selection
+from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 triton_attend = interpreted_kernels("methods.lrqk.triton_attend")
@@ -41,7 +43,7 @@ def run(batch: Batch, selection: Selection, splits: int = 3, parts: int | None =
 
 def expected(batch: Batch, selection: Selection) -> torch.Tensor:
     rows_kv = gather_rows(batch.host, batch.block_table, selection.rows)
-    return attend(batch.query, rows_kv, selection, batch.factors, batch.block_table, batch.scale)
+    return attend_selection(batch.query, rows_kv, selection, batch.factors, batch.block_table, batch.scale)
 
 
 def selection_of(batch: Batch, config: LRQKConfig) -> Selection:
@@ -112,6 +114,6 @@ def test_huge_scores(residual: str) -> None:
 
 
 def test_splits_fill_the_device_and_have_work() -> None:
-    assert triton_attend.num_splits(items=8, places=2372, multiprocessors=132) == 33
-    assert triton_attend.num_splits(items=8, places=100, multiprocessors=132) == 2
-    assert triton_attend.num_splits(items=1000, places=2372, multiprocessors=132) == 1
+    assert triton_attend.num_splits(items=8, capacity=2372, multiprocessors=132) == 33
+    assert triton_attend.num_splits(items=8, capacity=100, multiprocessors=132) == 2
+    assert triton_attend.num_splits(items=1000, capacity=2372, multiprocessors=132) == 1

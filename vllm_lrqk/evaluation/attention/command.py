@@ -1,7 +1,7 @@
 """vllm-lrqk eval --attention: attention methods at equal device bytes, on captured or synthetic layers.
 
 A source is a set of the generator (s1 to s4) or a folder that an engine with `lrqk.capture` wrote. Budgets are shares
-of the bytes of all keys and values. What is measured, and how bytes are counted, is in docs/quality.md.
+of the bytes of all keys and values. What is measured, and how bytes are counted, is in docs/measurements.md.
 """
 
 import argparse
@@ -13,13 +13,14 @@ from rich.console import Console
 from tqdm import tqdm
 
 from vllm_lrqk.core.capture import CaptureError
+from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.evaluation.attention import report
 from vllm_lrqk.evaluation.attention.budgets import Settings
 from vllm_lrqk.evaluation.attention.measures import Result, evaluate
 from vllm_lrqk.evaluation.attention.methods import METHODS
 from vllm_lrqk.evaluation.attention.sources import Source, load_source
 from vllm_lrqk.evaluation.errors import EvaluationError
-from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 DEFAULTS = Settings()
 

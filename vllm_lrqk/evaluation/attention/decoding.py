@@ -8,13 +8,14 @@ from itertools import pairwise
 
 import torch
 
-from vllm_lrqk.core.attend import attend, gather_rows
-from vllm_lrqk.core.prefill import append_rows, query_grams
+from vllm_lrqk.core.attend import gather_rows
+from vllm_lrqk.core.host_pages import append_rows
 from vllm_lrqk.evaluation.attention.qkv import QKV
 from vllm_lrqk.evaluation.reference.published_attention import PublishedAttention, PublishedSettings
+from vllm_lrqk.methods.lrqk.decode import attend_selection
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.score import select
-from vllm_lrqk.methods.lrqk.seal import seal_pages
+from vllm_lrqk.methods.lrqk.seal import query_grams, seal_pages
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 UNWRITTEN = 0xFF
@@ -79,7 +80,7 @@ class PagedLayer:
         selection = select(query, self.factors, table, length, self.scale, self.config)
         rows_kv = gather_rows(self.host, table, selection.rows)
         self.rows_attended.append(float((selection.rows >= 0).sum(-1).float().mean()))
-        return attend(query, rows_kv, selection, self.factors, table, self.scale)[0], selection.rows[0]
+        return attend_selection(query, rows_kv, selection, self.factors, table, self.scale)[0], selection.rows[0]
 
     def device_bytes(self) -> int:
         """Bytes on the GPU with the hot cache on: factor pages, the open one included, and all hot rows."""

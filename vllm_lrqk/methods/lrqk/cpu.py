@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
+from vllm_lrqk.core.selection import Selection, candidate_range
 from vllm_lrqk.methods.lrqk import torch_ops
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.kernels import Kernels
-from vllm_lrqk.methods.lrqk.score import Selection, candidate_range
-from vllm_lrqk.methods.lrqk.seal import QUERY_SHARE, RIDGE, VALUE_ITERATIONS, VALUE_SHIFT
+from vllm_lrqk.methods.lrqk.seal import QUERY_SHARE
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.values import RIDGE, VALUE_ITERATIONS, VALUE_SHIFT
 
 logger = logging.getLogger(__name__)
 LIBRARY = Path(__file__).parents[2] / "_cpu_kernels.so"

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.devices import cuda_library, cuda_prefill, triton_parts
 from vllm_lrqk.methods.lrqk import triton_attend, triton_select
 from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace, is_supported
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.kernels import Kernels
-from vllm_lrqk.methods.lrqk.score import Selection
 from vllm_lrqk.methods.lrqk.seal import seal_rows
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 

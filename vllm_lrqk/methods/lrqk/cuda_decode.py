@@ -1,6 +1,6 @@
 """One decode step of one layer on a CUDA device, from the new rows to the attention output.
 
-    append -> select -> locate -> fetch (copy stream)
+    append -> select -> resolve -> fetch (copy stream)
                           |         \\
                           attend to what is there -> attend to what was fetched -> combine
 
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from vllm_lrqk.core.hot_rows import HotFormat
+from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.devices import triton_parts
 from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache, Resolved
 from vllm_lrqk.devices.cuda_library import multiprocessors
 from vllm_lrqk.methods.lrqk import triton_attend
 from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.score import Selection
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 
@@ -46,8 +46,8 @@ class DecodePath:
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, hot_format.head_size
         self.hot_blocks_per_request = hot_blocks_per_request
         self.workspace = SelectWorkspace(operators, max_requests, max_pages, heads, kv_heads, config, device)
-        slots = hot_blocks_per_request * hot_format.rows_per_block
-        self.resolved = Resolved.allocate(max_requests, kv_heads, config.attended_rows, slots, device)
+        hot_slots = hot_blocks_per_request * hot_format.rows_per_block
+        self.resolved = Resolved.allocate(max_requests, kv_heads, config.attended_rows, hot_slots, device)
         self.multiprocessors = multiprocessors(device)
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         most = max(requests * self._splits(requests) for requests in range(1, max_requests + 1))
@@ -61,7 +61,7 @@ class DecodePath:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        slots: torch.Tensor,
+        slot_mapping: torch.Tensor,
         host: torch.Tensor,
         factors: FactorPages,
         hot: DeviceHotCache,
@@ -76,10 +76,10 @@ class DecodePath:
         A page that these tokens fill has to be sealed before the next step.
 
         Args:
-            slots: int64 [B], page id * N + offset of each token; negative for padding.
+            slot_mapping: int64 [B], page id * N + offset of each token; negative for padding.
             others: see `attend`.
         """
-        hot.append(key, value, host, slots)
+        hot.append(key, value, host, slot_mapping)
         return self.attend(query, key, value, host, factors, hot, block_table, hot_blocks, seq_lens, scale, output)
 
     def attend(
@@ -108,7 +108,7 @@ class DecodePath:
         """
         selection = self.workspace.select(query, factors, block_table, seq_lens, scale)
         resolved = self.resolved.first(len(query))
-        hot.locate(selection.rows, block_table, seq_lens, hot_blocks, self.config.page_size, resolved)
+        hot.resolve(selection.rows, block_table, seq_lens, hot_blocks, self.config.page_size, resolved)
         self._fetch(hot, host, key, value, resolved)
         splits = self._splits(len(query))
         parts = self._parts.cut(len(query) * self.kv_heads, 2 * splits)

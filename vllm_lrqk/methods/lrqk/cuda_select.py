@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from vllm_lrqk.core.config import ConfigError
+from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.devices.cuda_library import stream_handle
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.score import Selection
-from vllm_lrqk.methods.lrqk.settings import ConfigError, LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 MAX_RANK = 64
 MAX_HEAD_SIZE = 256

@@ -3,9 +3,11 @@
 import torch
 
 from vllm_lrqk.core.attend import attend, gather_rows
+from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.values import residual_values
 
 
 def decode_attention(
@@ -31,5 +33,27 @@ def decode_attention(
     """
     selection = select(query, factors, block_table, seq_lens, scale, config)
     rows_kv = gather_rows(host, block_table, selection.rows)
-    output.copy_(attend(query, rows_kv, selection, factors, block_table, scale))
+    output.copy_(attend_selection(query, rows_kv, selection, factors, block_table, scale))
     return (selection.rows >= 0).sum((1, 2))
+
+
+def attend_selection(
+    query: torch.Tensor,
+    rows_kv: torch.Tensor,
+    selection: Selection,
+    factors: FactorPages,
+    block_table: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention to the selected rows and, through the factors, to the residual: float32 [B, H, d].
+
+    Args:
+        query: [B, H, d].
+        rows_kv: [B, KV, R, 2, d], keys and values of `selection.rows`.
+        block_table: int [B, P].
+    """
+    left = None
+    if selection.residual is not None:
+        pages = block_table[:, : selection.residual.shape[-1]].long()
+        left = residual_values(selection, factors, pages)
+    return attend(query, rows_kv, selection, left, scale)

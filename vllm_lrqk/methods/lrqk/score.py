@@ -1,36 +1,13 @@
-"""Proxy scores through the factors, and the selection they lead to: the plain torch form.
+"""Proxy scores through the factors, and the selection that they lead to: the plain torch form.
 
 Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, N page tokens, P pages, k selected.
 """
 
-from dataclasses import dataclass
-
 import torch
 
+from vllm_lrqk.core.selection import Selection, always_rows, candidate_range, heaviest
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
-
-
-@dataclass
-class Selection:
-    """What one decode step attends to."""
-
-    rows: torch.Tensor
-    """int32 [B, KV, R], token positions attended exactly; -1 fills unused places, which may be anywhere."""
-    residual: torch.Tensor | None
-    """float32 [B, H, P], log of the summed exp(proxy score) of the page's unattended candidates; -inf where none."""
-    residual_factor: torch.Tensor | None = None
-    """float32 [B, H, P, value_rank], mean of the leading columns of their key factors, weighted by exp(proxy score);
-    0 where none. For `residual: "linear"` only."""
-
-
-def candidate_range(seq_lens: torch.Tensor, config: LRQKConfig) -> tuple[int, torch.Tensor]:
-    """First candidate and, int64 [B], the end of the candidates: sealed tokens that are neither sink nor recent.
-
-    A page that the current token fills counts as sealed from the next step on.
-    """
-    sealed = (seq_lens.long() - 1).clamp_min(0) // config.page_size * config.page_size
-    return config.sink_tokens, torch.minimum(sealed, (seq_lens.long() - config.recent_tokens).clamp_min(0))
 
 
 def proxy_scores(query: torch.Tensor, factors: FactorPages, block_table: torch.Tensor, scale: float) -> torch.Tensor:
@@ -67,7 +44,7 @@ def select(
     """
     n, kv_heads = config.page_size, factors.raw.shape[1]
     first, end = candidate_range(seq_lens, config)
-    always = _always_rows(seq_lens, end, config)[:, None].expand(-1, kv_heads, -1)
+    always = always_rows(seq_lens, end, config)[:, None].expand(-1, kv_heads, -1)
     longest = int(end.max())
     if longest <= first:
         return Selection(always.int(), None)
@@ -105,35 +82,3 @@ def mean_factors(left: torch.Tensor, residual: torch.Tensor, factors: FactorPage
     share = left.softmax(-1).unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [B, KV, P, G, N]
     mean = (share @ key_factor).transpose(2, 3).flatten(1, 2)
     return mean.masked_fill(residual.isinf()[..., None], 0.0)
-
-
-def heaviest(weight: torch.Tensor, group: int, config: LRQKConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top_k candidates by weight, and which of them are selected.
-
-    With top_p < 1 a candidate is selected while those before it (heavier ones, or earlier ones of equal weight)
-    carry less than top_p of the weight of all candidates, which is `group`: each head's softmax sums to 1.
-
-    Args:
-        weight: float32 [B, KV, T], a group's summed softmax weights; -1 where a token is no candidate.
-        group: query heads per KV head.
-
-    Returns:
-        int64 and bool [B, KV, min(top_k, T)], token positions in any order.
-    """
-    places = min(config.top_k, weight.shape[-1])
-    if config.top_p == 1:
-        top = weight.topk(places, dim=-1, sorted=False)
-        return top.indices, top.values >= 0
-    values, tokens = (x[..., :places] for x in weight.sort(dim=-1, descending=True, stable=True))
-    before = values.clamp_min(0).cumsum(-1) - values
-    return tokens, (values >= 0) & (before < config.top_p * group)
-
-
-def _always_rows(seq_lens: torch.Tensor, end: torch.Tensor, config: LRQKConfig) -> torch.Tensor:
-    """int64 [B, sink + tail]: positions of the rows that every step attends, -1 where there is none."""
-    width = config.recent_tokens + config.page_size
-    device = seq_lens.device
-    tail = end.clamp_min(config.sink_tokens)[:, None] + torch.arange(width, device=device)
-    sink = torch.arange(config.sink_tokens, device=device).expand(len(seq_lens), -1)
-    rows = torch.cat([sink, tail], 1)
-    return torch.where(rows < seq_lens[:, None], rows, -1)

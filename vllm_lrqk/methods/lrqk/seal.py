@@ -9,26 +9,10 @@ import torch
 
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.values import solve_right, value_regression, values_first
 
-RIDGE = 1e-4
-VALUE_SHIFT = 1e-3
-"""Of the mean eigenvalue, so that orthogonal iteration stays well conditioned."""
-VALUE_ITERATIONS = 4
 QUERY_SHARE = 0.5
 """Share of the queries at hand in G_Q; the rest is identity, so that a few of them do not blind a page to others."""
-
-
-def _solve_right(numerator: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """numerator @ gram^-1 with a ridge relative to the mean diagonal; numerator [..., m, r], gram [..., r, r]."""
-    # solve_ex: solve would wait for the device to look for singular matrices, which the ridge rules out.
-    return torch.linalg.solve_ex(gram + _ridge(gram), numerator.mT)[0].mT
-
-
-def _ridge(gram: torch.Tensor, share: float | None = None) -> torch.Tensor:
-    """A share, RIDGE by default, of the mean diagonal of [..., r, r], times identity."""
-    mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    size = (mean_diagonal * (RIDGE if share is None else share)).clamp_min(torch.finfo(gram.dtype).tiny)
-    return size * torch.eye(gram.shape[-1], device=gram.device)
 
 
 def _top_columns(gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int) -> torch.Tensor:
@@ -57,11 +41,11 @@ def lrqk_projections(
         gq_x, gk_y = gram_q @ x, gram_k @ y
         x_gram, y_gram = x.mT @ gq_x, y.mT @ gk_y
         # B' = G X (X'G X)^-1, because G is symmetric.
-        b_q = _solve_right(gq_x, x_gram)  # [..., d, r] = B_Q'
-        b_k = _solve_right(gk_y, y_gram)
-        x = _solve_right(gk_y + lambda_q * b_q, y_gram + lambda_q * (b_q.mT @ b_q))
+        b_q = solve_right(gq_x, x_gram)  # [..., d, r] = B_Q'
+        b_k = solve_right(gk_y, y_gram)
+        x = solve_right(gk_y + lambda_q * b_q, y_gram + lambda_q * (b_q.mT @ b_q))
         gq_x = gram_q @ x
-        y = _solve_right(gq_x + lambda_k * b_k, x.mT @ gq_x + lambda_k * (b_k.mT @ b_k))
+        y = solve_right(gq_x + lambda_k * b_k, x.mT @ gq_x + lambda_k * (b_k.mT @ b_k))
     return x, y
 
 
@@ -139,55 +123,16 @@ def seal_rows(
         factors.value_scale[pages] = value_scale
 
 
-def values_first(
-    x: torch.Tensor, y: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product X Y' in another basis: columns of the key factor in the order in which they explain values.
-
-    With A the centred key factor K Y, L L' = A'A and orthonormal Q, the columns of A L'^-1 Q are uncorrelated. Q holds
-    the eigenvectors of what a least squares fit explains, (L^-1 A'V)(L^-1 A'V)', by orthogonal iteration: roughly, as
-    any Q is right and the leading columns only have to do well together.
+def query_grams(query: torch.Tensor, num_kv_heads: int, starts: list[int], ends: list[int]) -> torch.Tensor:
+    """Gram matrices of the queries at hand for some pages: float32 [M, KV, d, d].
 
     Args:
-        x, y: float32 [..., d, r].
-        key, value: float32 [..., N, d].
+        query: [T, H, d], the chunk's queries.
+        starts, ends: token ranges inside the chunk, one per page.
     """
-    a = key @ y
-    a = a - a.mean(-2, keepdim=True)
-    gram = a.mT @ a
-    lower = torch.linalg.cholesky_ex(gram + _ridge(gram))[0]
-    explained = torch.linalg.solve_triangular(lower, a.mT @ value, upper=False)
-    size = explained @ explained.mT
-    size = size + _ridge(size, VALUE_SHIFT)
-    q = torch.eye(y.shape[-1], device=y.device).expand_as(size)
-    for _ in range(VALUE_ITERATIONS):
-        q = _orthonormal_columns(size @ q)
-    return x @ (lower @ q), y @ torch.linalg.solve_triangular(lower.mT, q, upper=True)
-
-
-def _orthonormal_columns(matrix: torch.Tensor) -> torch.Tensor:
-    """Gram-Schmidt on the columns of [..., r, r], each against those before it, twice for the sake of rounding."""
-    columns: list[torch.Tensor] = []
-    for column in matrix.unbind(-1):
-        for _ in range(2):
-            if columns:
-                basis = torch.stack(columns, -1)
-                column = column - (basis @ (basis.mT @ column[..., None]))[..., 0]
-            column = column / column.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(column.dtype).tiny)
-        columns.append(column)
-    return torch.stack(columns, -1)
-
-
-def value_regression(key_factor: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least squares of a page's values on its key factors, both without their means.
-
-    Args:
-        key_factor: float32 [..., N, r], as stored.
-        value: float32 [..., N, d].
-
-    Returns:
-        The mean key factor, float32 [..., r], and the coefficients, float32 [..., d, r].
-    """
-    mean = key_factor.mean(-2)
-    centred = key_factor - mean[..., None, :]
-    return mean, _solve_right(value.mT @ centred, centred.mT @ centred)
+    grouped = query.unflatten(1, (num_kv_heads, -1))
+    grams = []
+    for start, end in zip(starts, ends):
+        page = grouped[start:end].transpose(0, 1).flatten(1, 2).float()  # [KV, tokens * G, d]
+        grams.append(page.mT @ page)
+    return torch.stack(grams)

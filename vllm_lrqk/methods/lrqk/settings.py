@@ -1,24 +1,22 @@
-"""The one configuration of the plugin."""
+"""The settings of LRQK."""
 
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from math import isfinite
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from vllm_lrqk.core.config import ConfigError, Settings
 
 PAGE_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be served; the message is one sentence with key, value and remedy."""
-
-
-@dataclass(frozen=True)
-class LRQKConfig:
+@dataclass(frozen=True, kw_only=True)
+class LRQKConfig(Settings):
     """Settings of LRQK attention, given to vLLM as `additional_config={"lrqk": {...}}`.
 
     Raises:
         ConfigError: a value has the wrong type or lies outside what is allowed.
     """
+
+    key: ClassVar[str] = "lrqk"
 
     rank: int = field(default=16, metadata={"minimum": 4, "multiple_of": 4})
     """Columns of a page's key factor; a multiple of 4, at most the model's head size."""
@@ -54,14 +52,9 @@ class LRQKConfig:
     """Rows of the hot cache per request and KV head; default: what one step can attend, plus a quarter."""
     host_memory_gib: float | None = field(default=None, metadata={"above": 0.0})
     """CPU memory for full-precision keys and values of all ranks of one host; default: half of what is free."""
-    capture: str | None = None
-    """Folder for the queries, keys and values of every layer (see `core/capture.py`); null: nothing is written."""
-    capture_tokens: int = field(default=65536, metadata={"minimum": 1})
-    """Tokens, of all requests together, after which nothing more is captured."""
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            _check_field(item.name, getattr(self, item.name), item.type, item.metadata)
+        super().__post_init__()
         least = self.attended_rows
         if self.hot_rows is not None and self.hot_rows < least:
             raise ConfigError(
@@ -83,55 +76,3 @@ class LRQKConfig:
     def num_hot_rows(self) -> int:
         """Rows of the hot cache per request and KV head."""
         return self.hot_rows if self.hot_rows is not None else self.attended_rows * 5 // 4
-
-    @classmethod
-    def from_dict(cls, values: Any) -> "LRQKConfig":
-        """Build the configuration from the "lrqk" entry of vLLM's `additional_config`.
-
-        Raises:
-            ConfigError: `values` is no dictionary, has an unknown key, or a value is not allowed.
-        """
-        if not isinstance(values, dict):
-            raise ConfigError(f"lrqk is {values!r}, but must be a dictionary of settings.")
-        known = [item.name for item in fields(cls)]
-        for key in values:
-            if key not in known:
-                near = get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}."
-                raise ConfigError(f"lrqk.{key} is not a setting of vllm-lrqk; {hint}")
-        return cls(**values)
-
-
-_TYPE_NAMES: dict[Any, tuple[tuple[type, ...], str]] = {
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a string"),
-    bool | str: ((bool, str), 'true, false or "auto"'),
-    int | None: ((int, type(None)), "a whole number or null"),
-    float | None: ((int, float, type(None)), "a number or null"),
-    str | None: ((str, type(None)), "a string or null"),
-}
-
-
-def _check_field(name: str, value: Any, declared: Any, rule: Any) -> None:
-    types, wording = _TYPE_NAMES[declared]
-    is_wrong_bool = isinstance(value, bool) and bool not in types
-    if not isinstance(value, types) or is_wrong_bool:
-        raise ConfigError(f"lrqk.{name} is {value!r}, but must be {wording}.")
-    if value is None:
-        return
-    if value == "":
-        raise ConfigError(f"lrqk.{name} is '', but must be null or not empty.")
-    if isinstance(value, float) and not isfinite(value):
-        raise ConfigError(f"lrqk.{name} is {value}, but must be finite.")
-    if "choices" in rule and value not in rule["choices"]:
-        allowed = ", ".join(str(choice) for choice in rule["choices"])
-        raise ConfigError(f"lrqk.{name} is {value!r}, but must be one of {allowed}.")
-    if "minimum" in rule and value < rule["minimum"]:
-        raise ConfigError(f"lrqk.{name} is {value}, but must be {rule['minimum']} or more.")
-    if "above" in rule and not value > rule["above"]:
-        raise ConfigError(f"lrqk.{name} is {value}, but must be above {rule['above']:g}.")
-    if "maximum" in rule and value > rule["maximum"]:
-        raise ConfigError(f"lrqk.{name} is {value}, but must be {rule['maximum']:g} or less.")
-    if "multiple_of" in rule and value % rule["multiple_of"]:
-        raise ConfigError(f"lrqk.{name} is {value}, but must be a multiple of {rule['multiple_of']}.")

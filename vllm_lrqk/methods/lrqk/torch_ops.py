@@ -1,6 +1,7 @@
 """The plain torch forms as a table of kernels: the truth for all others, and the fallback."""
 
-from vllm_lrqk.core.prefill import append_rows, prefill_attention
+from vllm_lrqk.core.host_pages import append_rows
+from vllm_lrqk.core.prefill import prefill_attention
 from vllm_lrqk.methods.lrqk.decode import decode_attention
 from vllm_lrqk.methods.lrqk.kernels import Kernels
 from vllm_lrqk.methods.lrqk.score import select

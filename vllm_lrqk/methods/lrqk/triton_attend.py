@@ -3,7 +3,7 @@
 The rows of one KV head are split over programs, each of which leaves its part: output, maximum and sum, which
 `triton_parts.combine` merges. A part may come from any rows: those that are still on their way can follow later.
 
-Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, R places for rows, P pages, v columns of key
+Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, R capacity for rows, P pages, v columns of key
 factors that values follow.
 """
 
@@ -47,7 +47,7 @@ def _attend_kernel(
     column_page_stride,
     column_head_stride,
     table_stride,
-    places,
+    capacity,
     pages,
     parts,
     first_part,
@@ -75,10 +75,10 @@ def _attend_kernel(
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     output = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
 
-    share = tl.cdiv(tl.cdiv(places, TILE), splits) * TILE
-    for start in range(split * share, tl.minimum((split + 1) * share, places), TILE):
+    share = tl.cdiv(tl.cdiv(capacity, TILE), splits) * TILE
+    for start in range(split * share, tl.minimum((split + 1) * share, capacity), TILE):
         place = start + tl.arange(0, TILE)
-        at = tl.load(address + item * places + place, mask=place < places, other=-1)
+        at = tl.load(address + item * capacity + place, mask=place < capacity, other=-1)
         if tl.max(at, 0) >= 0:
             is_row = at >= 0
             # Rows are aligned to 16 bytes; saying so lets the compiler read 16 bytes at once.
@@ -146,9 +146,9 @@ def _attend_kernel(
     tl.store(part_output + part_at, output, mask=is_head[:, None] & is_column[None, :])
 
 
-def num_splits(items: int, places: int, multiprocessors: int) -> int:
+def num_splits(items: int, capacity: int, multiprocessors: int) -> int:
     """Programs per (request, KV head): enough to fill the device twice, none of them without a tile."""
-    return max(1, min(-(-2 * multiprocessors // max(items, 1)), -(-places // ROWS_PER_TILE)))
+    return max(1, min(-(-2 * multiprocessors // max(items, 1)), -(-capacity // ROWS_PER_TILE)))
 
 
 def attend_rows(
@@ -174,7 +174,7 @@ def attend_rows(
         residual_factor: float32 [B, H, P, v], see `Selection`; needs residual, and factors with linear values.
     """
     requests, heads, head_size = query.shape
-    kv_heads, places = address.shape[1:]
+    kv_heads, capacity = address.shape[1:]
     group = heads // kv_heads
     has_residual = residual is not None and factors is not None and block_table is not None
     # Triton's interpreter multiplies the bits of bfloat16.
@@ -209,7 +209,7 @@ def attend_rows(
         *projection.stride()[:2],
         *scale_of_column.stride()[:2],
         block_table.stride(0) if block_table is not None else 0,
-        places,
+        capacity,
         residual.shape[2] if residual is not None else 0,
         parts.output.shape[1],
         first_part,

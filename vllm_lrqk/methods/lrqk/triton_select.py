@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_lrqk.core.selection import Selection, always_rows, candidate_range, heaviest
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.score import Selection, _always_rows, candidate_range, heaviest, mean_factors
+from vllm_lrqk.methods.lrqk.score import mean_factors
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 
@@ -154,5 +155,5 @@ def select(
             # The block table means nothing where nothing is left: of padding, and past the end of a request.
             pages = block_table.long().masked_fill(residual.isinf().all(1), 0)
             residual_factor = mean_factors(left, residual, factors, pages)
-    always = _always_rows(seq_lens.long(), end, config)[:, None].expand(-1, kv_heads, -1)
+    always = always_rows(seq_lens.long(), end, config)[:, None].expand(-1, kv_heads, -1)
     return Selection(torch.cat([rows, always], -1).int(), residual, residual_factor)

@@ -1,0 +1,106 @@
+"""One attention layer of LRQK: pages in both tiers, prefill and sealing; a decoder does the rest."""
+
+from typing import Protocol
+
+import torch
+
+from vllm_lrqk.core.counters import Counters
+from vllm_lrqk.core.layer import Layer
+from vllm_lrqk.core.step import PrefillChunk, Step
+from vllm_lrqk.methods.lrqk.format import FactorPages
+from vllm_lrqk.methods.lrqk.kernels import Kernels
+from vllm_lrqk.methods.lrqk.seal import query_grams
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+
+
+class Decoder(Protocol):
+    """Stores rows and attends single tokens, on one kind of device."""
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Write keys and values [T, KV, d] into the host pages."""
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        hot_blocks: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """As `Layer.decode`."""
+
+    def warm_up(self) -> None:
+        """As `Layer.warm_up`."""
+
+
+class LRQKLayer(Layer):
+    """Factor pages on the device, host pages beside them.
+
+    Args:
+        host: [num_pages, KV, N, 2, d].
+        scale: factor of the attention scores.
+    """
+
+    def __init__(
+        self,
+        factors: FactorPages,
+        host: torch.Tensor,
+        decoder: Decoder,
+        kernels: Kernels,
+        scale: float,
+        config: LRQKConfig,
+        counters: Counters,
+    ) -> None:
+        self.factors = factors
+        self.host = host
+        self.decoder = decoder
+        self.kernels = kernels
+        self.kernels_name = kernels.name
+        self.scale = scale
+        self.config = config
+        self.counters = counters
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
+        self.decoder.append(key, value, step.slot_mapping)
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        chunk: PrefillChunk,
+        request_blocks: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend exactly and seal the pages that the chunk fills."""
+        self.kernels.prefill_attention(query, key, value, self.host, chunk.pages, chunk.context_len, self.scale, output)
+        if chunk.filled:
+            indices, starts, ends = (list(column) for column in zip(*chunk.filled))
+            grams = None
+            if self.config.factorization == "lrqk":
+                grams = query_grams(query, key.shape[1], starts, ends)
+            self._seal(chunk.pages[indices[0] : indices[-1] + 1].long(), grams)
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        request_blocks: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        self.decoder.decode(query, key, value, block_table, seq_lens, request_blocks, output)
+
+    def seal(self, pages: torch.Tensor) -> None:
+        self._seal(pages, None)
+
+    def _seal(self, pages: torch.Tensor, gram_q: torch.Tensor | None) -> None:
+        self.kernels.seal_pages(pages, self.host, self.factors, gram_q, self.config)
+        self.counters.pages_sealed += len(pages)
+
+    def warm_up(self) -> None:
+        self.decoder.warm_up()
