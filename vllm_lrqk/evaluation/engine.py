@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_lrqk.evaluation.distributions import Distributions, create_divergences, take_divergences
 from vllm_lrqk.evaluation.errors import EvaluationError
-from vllm_lrqk.evaluation.methods import METHODS
+from vllm_lrqk.methods import METHODS
 
 COUNTED = ("decode_tokens", "rows_attended", "rows_hit", "rows_missed")
 
@@ -124,15 +124,22 @@ def _start(settings: dict[str, Any], backend: str | None) -> Any:
     )
     for rank in llm.collective_rpc("lrqk_counters"):
         found = set(rank["implementations"].values())
-        if not is_asked_for(found, backend):
+        if not is_asked_for(found, backend, num_windows(llm.llm_engine.vllm_config.model_config.hf_text_config) > 0):
             raise EvaluationError(f"the layers run {', '.join(sorted(found))}, which is not what was asked for.")
     return llm
 
 
-def is_asked_for(implementations: set[str], backend: str | None) -> bool:
-    """Whether classes of layers are those of the backend, whose name they begin with; for None, of no method's."""
-    begins = [tuple(name for name in METHODS if found.upper().startswith(name)) for found in implementations]
-    return all(names == (() if backend is None else (backend,)) for names in begins)
+def is_asked_for(implementations: set[str], backend: str | None, has_windows: bool) -> bool:
+    """Whether the classes of the layers are the backend's, sliding windows aside; for None, no method's."""
+    ours = {found for found in implementations if found in {f"{name}Impl" for name in METHODS}}
+    if backend is None:
+        return not ours
+    return ours == {f"{backend}Impl"} and (has_windows or ours == implementations)
+
+
+def num_windows(config: Any) -> int:
+    """Layers of a text model that attend to a sliding window."""
+    return (getattr(config, "layer_types", None) or []).count("sliding_attention")
 
 
 def _about(llm: Any, backend: str | None) -> dict[str, Any]:
@@ -144,8 +151,7 @@ def _about(llm: Any, backend: str | None) -> dict[str, Any]:
         per_token, per_request = dense_bytes(model.hf_text_config, model.get_num_layers(parallel), layer_bytes)
     else:
         rank = llm.collective_rpc("lrqk_counters")[0]
-        per_token = rank.get("device_bytes_per_token", 0)
-        per_request = rank.get("device_bytes_per_request", rank.get("hot_bytes_per_request", 0))
+        per_token, per_request = rank["device_bytes_per_token"], rank["device_bytes_per_request"]
     return {
         "device_bytes_per_token": per_token,
         "device_bytes_per_request": per_request,
@@ -160,8 +166,7 @@ def dense_bytes(config: Any, num_layers: int, layer_bytes: int) -> tuple[int, in
     Args:
         layer_bytes: a token's key and value in one layer.
     """
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
-    windows = sum(kind == "sliding_attention" for kind in kinds[:num_layers])
+    windows = num_windows(config)
     window_tokens = getattr(config, "sliding_window", None) or 0
     return (num_layers - windows) * layer_bytes, windows * window_tokens * layer_bytes
 

@@ -33,8 +33,8 @@ TASKS: dict[str, Task] = {
 def make_sample(task: str, length: int, count_tokens: CountTokens, seed: int, render: Render = plain) -> Sample:
     """One prompt of `task` with close to `length` tokens, never more, with what may be generated after it.
 
-    `count_tokens` gives the number of tokens of a text, `render` makes a prompt of a dialogue. Raises ValueError for an unknown task and for a length
-    that cannot hold the task.
+    `count_tokens` gives the number of tokens of a text, `render` makes a prompt of a dialogue. Raises ValueError for an
+    unknown task and for a length that cannot hold the task.
     """
     return make_conversation(task, length, count_tokens, seed, 1, render)[0]
 
@@ -82,7 +82,7 @@ def make_conversation(
 
 
 def _prompt(text: str, questions: Sequence[Question], render: Render) -> str:
-    """The text and the first question, the others with the right answers before them, and how the last answer begins."""
+    """The text and the questions with their right answers, of the last question how its answer begins."""
     said = [text + questions[0].text, *(question.text for question in questions[1:])]
     answers = [question.begins + question.completion for question in questions[:-1]] + [questions[-1].begins]
     return render(list(zip(said, answers)))
