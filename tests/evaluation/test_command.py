@@ -147,7 +147,7 @@ def test_bytes_of_dense_attention():
 
 
 def test_engines_start_eagerly_on_the_cpu(monkeypatch, needle_folder, tmp_path):
-    """Unless asked otherwise: the third engine argument that is not vLLM's default."""
+    """Unless asked otherwise."""
     for options, expected in (([], True), (["--no-eager"], False)):
         seen = []
         monkeypatch.setattr("vllm_lrqk.evaluation.run.Engine", lambda settings, *_, seen=seen: _stop(seen, settings))
@@ -229,7 +229,7 @@ def test_questions_are_asked_through_the_chat_template():
     class Letters:
         eos_token_id, chat_template = None, CHAT
         apply_chat_template = staticmethod(
-            lambda messages, **_: "".join(f"<{m['role']}>{m['content']}\n" for m in messages) + "<assistant>"
+            lambda messages, **_: "".join(f"<{m['role']}> {m['content']}\n" for m in messages) + "<assistant> "
         )
 
         def encode(self, text, add_special_tokens, verbose):
@@ -241,8 +241,8 @@ def test_questions_are_asked_through_the_chat_template():
     assert not any(special for _, special in texts)  # the template has its own
     for prompt in (first, second):
         asked = " ".join(prompt.request.token_ids + prompt.request.forced_ids)
-        assert asked.startswith("<user>Some special magic numbers")
-        assert re.search(r"<assistant>The special magic number for \S+ mentioned in the provided text is$", asked)
+        assert asked.startswith("<user> Some special magic numbers")
+        assert re.search(r"<assistant> The special magic number for \S+ mentioned in the provided text is$", asked)
         assert " ".join(prompt.request.forced_ids).startswith("What is the special magic number for")
         assert prompt.tokens <= 512
     answered = " ".join(first.request.token_ids + first.request.forced_ids)

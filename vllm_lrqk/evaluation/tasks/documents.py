@@ -13,6 +13,7 @@ from vllm_lrqk.evaluation.tasks.words import (
     TOWN_ENDINGS,
     Stream,
     distinct,
+    listing,
     prose,
     scatter,
 )
@@ -71,22 +72,19 @@ def questions_over_documents(rng: random.Random, length: int, questions: int) ->
 
 
 def text_to_json(rng: random.Random, length: int, questions: int) -> Draft:
-    """Facts about many people in prose, all to be written down in one answer, in the order of the text.
+    """Facts about several people in prose, all to be written down in one answer.
 
-    The form of Text2JSON (arXiv 2604.08426): every answer depends on many places of the context at once.
+    The form of Text2JSON (arXiv 2604.08426): one answer depends on many places of the context.
     """
     people = _People(rng)
-    count = 4 if length < 1024 else 8 if length < 4096 else 16
-    towns = {people.name(): people.town() for _ in range(count)}
-    depths = sorted(rng.random() for _ in towns)
-    inserts = [(depth, f"{name} lives in {town}.") for depth, (name, town) in zip(depths, towns.items())]
+    towns = {people.name(): people.town() for _ in range(4 if length < 1024 else 8)}
+    inserts = [(rng.random(), f"{name} lives in {town}.") for name, town in towns.items()]
     filler = prose(rng)
     instruction = "The following text says where some people live. Memorize the town of each of them."
     question = Question(
-        "Question: Where do the people in the text above live? Write a JSON object with the name and the town of each "
-        'person, such as {"John Doe": "Townsville"}.',
-        "Answer: The JSON object with the towns of all people in the text above, in the order of the text, is",
-        f" {json.dumps(towns)}.",
+        f"Question: Where do {listing(list(towns))} live? Answer with a JSON object of their names and towns.",
+        "Answer: {",
+        f" {json.dumps(towns)[1:]}.",
         tuple(f"{name}: {town}" for name, town in towns.items()),
     )
     return Draft(lambda units: f"{instruction}\n{scatter(filler.take(units), inserts)}\n", (question,))
