@@ -45,6 +45,7 @@ def tokenizer(needle_folder):
         (["--chat"], "--chat: the model's tokenizer has no chat template, leave it out."),
         (["--config", 'a={"topk": 5}'], "--config a: lrqk.topk is not a setting of vllm-lrqk; did you mean top_k?"),
         (["--config", "a={}", "--config", "a={}"], "--config: the name 'a' is given twice"),
+        (["--dense-only", "--budget", "0.5"], "--dense-only is given beside --config or --budget: leave one of them"),
         (["--budget", "1.5"], "--budget is 1.5, but must be above 0 and at most 1."),
         (["--tasks", "copy", "--multi-turn", "2"], "--multi-turn: none of the tasks has several questions per text"),
         (
@@ -90,6 +91,7 @@ def test_defaults():
     assert [c.name for c in configurations(parse())] == ["dense", "lrqk"]
     compared = configurations(parse("--config", 'a={"rank": 8}', "--budget", "0.25", "0.5"))
     assert [c.name for c in compared] == ["dense", "a", "budget 0.25", "budget 0.5"]
+    assert [c.name for c in configurations(parse("--dense-only"))] == ["dense"]
     assert compared[0].backend is None and compared[2].settings(4096) == {"top_k": 1024}
     assert (compared[1].backend, compared[1].settings(4096)) == ("LRQK", {"rank": 8})
 

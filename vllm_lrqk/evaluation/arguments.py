@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the first sample; the others follow it")
     add("--config", action="append", default=[], metavar="NAME=JSON", help=CONFIG_HELP)
     add("--budget", nargs="+", type=float, default=[], metavar="SHARE", help="LRQK with top_k = share of the length")
+    add("--dense-only", action="store_true", help="dense attention alone: what a model solves, before comparing")
     add("--perplexity", nargs="+", type=Path, default=[], metavar="FILE", help="texts whose continuation is scored")
     add("--continuation", type=int, default=256, help="tokens of each window that are scored; default 256")
     add("--jsonl", nargs="+", default=[], metavar="FILE[=SCORER]", help="LongBench files; f1, rouge, exact, classes")
@@ -81,7 +82,9 @@ def configurations(arguments: argparse.Namespace) -> list[Configuration]:
         if not 0 < budget <= 1:
             raise EvaluationError(f"--budget is {budget:g}, but must be above 0 and at most 1.")
         found.append(Configuration(f"budget {budget:g}", DEFAULT_METHOD, {}, budget))
-    if len(found) == 1:
+    if arguments.dense_only and len(found) > 1:
+        raise EvaluationError("--dense-only is given beside --config or --budget: leave one of them out.")
+    if len(found) == 1 and not arguments.dense_only:
         found.append(Configuration(DEFAULT_METHOD.lower(), DEFAULT_METHOD))
     names = [configuration.name for configuration in found]
     for name in names:
