@@ -26,6 +26,11 @@ def any_answer(output: str, answers: Sequence[str]) -> float:
     return float(any(_contains(output, answer) for answer in answers))
 
 
+def first_answer(output: str, answers: Sequence[str]) -> float:
+    """1 if the output's first word is the only answer."""
+    return float(words_of(output)[:1] == words_of(answers[0]))
+
+
 def json_pairs(output: str, answers: Sequence[str]) -> float:
     """Share of the answers "name: value" that the output has as members of JSON objects, whole or broken off.
 

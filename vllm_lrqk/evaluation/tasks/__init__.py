@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from vllm_lrqk.evaluation.scorers import all_answers, any_answer, json_pairs, words_in_order
+from vllm_lrqk.evaluation.scorers import all_answers, any_answer, first_answer, json_pairs, words_in_order
 from vllm_lrqk.evaluation.tasks import aggregation, documents, retrieval
 from vllm_lrqk.evaluation.tasks.sample import CountTokens, Question, Render, Sample, Task, fit, plain
 
@@ -19,6 +19,8 @@ TASKS: dict[str, Task] = {
         Task("variable_tracking", "a chain of assignments", aggregation.variable_tracking, all_answers),
         Task("common_words", "the words that occur most often in a list", aggregation.common_words, all_answers),
         Task("frequent_words", "the most frequent coded words", aggregation.frequent_words, all_answers),
+        Task("common_vote", "the word with half of the votes", aggregation.common_vote, first_answer),
+        Task("frequent_vote", "the coded word with half of the votes", aggregation.frequent_vote, first_answer),
         Task("qa", "a fact of one document", documents.questions_over_documents, any_answer, turns=True),
         Task("text_to_json", "many facts of the text in one answer", documents.text_to_json, json_pairs),
         Task("copy", "a passage word for word", retrieval.copy, words_in_order),

@@ -87,3 +87,27 @@ def frequent_words(rng: random.Random, length: int, questions: int) -> Draft:
         tuple(words[1:4]),
     )
     return Draft(context, (question,))
+
+
+def common_vote(rng: random.Random, length: int, questions: int) -> Draft:
+    """As `common_words` for small models: votes, half of them for one word, whose sentence is to be gone on with."""
+    return _votes(rng, ADJECTIVES + NOUNS)
+
+
+def frequent_vote(rng: random.Random, length: int, questions: int) -> Draft:
+    """As `frequent_words` for small models: votes for coded words."""
+    return _votes(rng, CODED_WORDS)
+
+
+def _votes(rng: random.Random, words: list[str]) -> Draft:
+    winner, *others = rng.sample(words, len(words))
+    order_seed = rng.random()
+
+    def context(units: int) -> str:
+        votes = [winner] * (units + 4) + [others[unit % len(others)] for unit in range(units)]
+        random.Random(order_seed).shuffle(votes)
+        listed = "\n".join(f"A vote for {word}." for word in votes)
+        return f"Below is a list of votes. Memorize the word that has the most votes.\n{listed}\n"
+
+    question = Question("Question: Which word has the most votes?", "Answer: A vote for", f" {winner}.", (winner,))
+    return Draft(context, (question,))

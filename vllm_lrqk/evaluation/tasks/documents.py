@@ -1,6 +1,5 @@
 """Questions over short documents (the form of RULER's QA, arXiv 2404.06654, section 3.4), and all facts of a text."""
 
-import json
 import random
 
 from vllm_lrqk.evaluation.tasks.sample import Draft, Question
@@ -72,7 +71,7 @@ def questions_over_documents(rng: random.Random, length: int, questions: int) ->
 
 
 def text_to_json(rng: random.Random, length: int, questions: int) -> Draft:
-    """Facts about several people in prose, all to be written down in one answer.
+    """Facts about several people in prose, all to be written down in one answer, of which the first is given.
 
     The form of Text2JSON (arXiv 2604.08426): one answer depends on many places of the context.
     """
@@ -81,10 +80,11 @@ def text_to_json(rng: random.Random, length: int, questions: int) -> Draft:
     inserts = [(rng.random(), f"{name} lives in {town}.") for name, town in towns.items()]
     filler = prose(rng)
     instruction = "The following text says where some people live. Memorize the town of each of them."
+    members = [f'"{name}": "{town}"' for name, town in towns.items()]
     question = Question(
         f"Question: Where do {listing(list(towns))} live? Answer with a JSON object of their names and towns.",
-        "Answer: {",
-        f" {json.dumps(towns)[1:]}.",
-        tuple(f"{name}: {town}" for name, town in towns.items()),
+        f"Answer: {{{members[0]},",
+        f" {', '.join(members[1:])}}}.",
+        tuple(f"{name}: {town}" for name, town in towns.items())[1:],
     )
     return Draft(lambda units: f"{instruction}\n{scatter(filler.take(units), inserts)}\n", (question,))
