@@ -7,10 +7,11 @@ import torch
 from engines import engine, greedy, tiny_llama, token_prompts
 from startup import start
 
-from vllm_lrqk.core.capture import CaptureError, LayerCapture, read_capture
+from vllm_lrqk.core.capture import LayerCapture
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.layer import LayerShape
 from vllm_lrqk.core.step import build_step
+from vllm_lrqk.evaluation.attention.captures import CaptureError, read_capture
 from vllm_lrqk.evaluation.attention.decoding import dense_decode
 from vllm_lrqk.evaluation.attention.sources import captured_sequences
 from vllm_lrqk.integration.checks import check_model

@@ -4,9 +4,11 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 
 from vllm_lrqk.evaluation.command import main
+from vllm_lrqk.evaluation.distributions import KEPT
 from vllm_lrqk.evaluation.tasks.words import CODED_WORDS
 
 pytestmark = pytest.mark.engine
@@ -35,7 +37,6 @@ def command(needle_folder, text, tmp_path_factory):
     arguments += ["--samples", "3", "--multi-turn", "2", "--decode-question", "--dtype", "float32"]
     arguments += ["--output", str(folder)]
     arguments += ["--perplexity", str(text), "--continuation", str(CONTINUATION)]
-    arguments += ["--engine", '{"enforce_eager": true}']
     arguments += ["--config", f"lrqk={json.dumps(LRQK)}", "--config", f"tiny={json.dumps(TINY)}"]
     main(arguments)
     return arguments, folder
@@ -95,6 +96,31 @@ def test_perplexity_is_that_of_decode_steps(command, needle_folder, text):
         assert abs(math.log(tiny["value"]) - expected) > 0.05
         if length == 512:
             assert math.log(lrqk["value"]) == pytest.approx(expected, abs=2e-3)
+
+
+def test_divergence_is_from_the_distributions_of_dense_attention(command, needle_folder, text):
+    """What dense attention kept is transformers' distribution; a covering selection hardly differs from it."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    rows = rows_of(command[1])
+    dense, lrqk, tiny = (rows["perplexity", 512, 0, name] for name in ("dense", "lrqk", "tiny"))
+    assert dense["divergence"] is None
+    assert 0 <= abs(lrqk["divergence"]) < 1e-4 < 0.05 < tiny["divergence"]
+    assert tiny["divergence_low"] <= tiny["divergence"] <= tiny["divergence_high"]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(needle_folder).encode(text.read_text())[:512])
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(needle_folder).eval()(ids[None]).logits[0, -CONTINUATION - 2 : -1]
+    expected = logits.log_softmax(-1)
+    kept = np.load(command[1] / "distributions" / f"{text.name}-512-0.npy")
+    ours = torch.from_numpy(kept["logprob"])
+    assert ours.shape == (CONTINUATION + 1, KEPT + 1) and expected.shape[1] > KEPT
+    theirs = expected.gather(1, torch.from_numpy(kept["id"]).long())
+    # float32 logits of up to 64 in two implementations
+    torch.testing.assert_close(ours[:, :-1], theirs, rtol=1e-4, atol=5e-3)
+    torch.testing.assert_close(ours.exp().sum(-1), torch.ones(CONTINUATION + 1))
+    left = list((command[1] / "distributions").glob("*.divergence.npy"))
+    assert not left
 
 
 def test_goes_on_without_an_engine(command, monkeypatch):

@@ -78,3 +78,31 @@ def test_rows_for_all_tasks_leave_perplexity_out():
     last = rows(records)[-2:]
     assert [(row.task, row.value, row.samples) for row in last] == [(ALL_TASKS, 0.75, 4)] * 2
     assert rows(records[:2])[-1].task == "qa"
+
+
+def test_rows_of_a_method_that_counts_nothing():
+    """Rows attended are unknown, not none; bytes are those of the prompt's tokens and of the request."""
+    found = Record("lola", "qa", 512, 0, 0, 1.0, "text", 500, 0.0, 4096.0)
+    (row,) = rows([found])
+    assert (row.tokens_attended, row.share_attended, row.hit_rate) == (None, None, None)
+    assert (row.device_bytes_per_token, row.device_bytes_per_request) == (0, 4096)
+    (row,) = rows([record(rows_attended=0.0, steps=0.0)])  # an answer of one token: no decode step
+    assert (row.tokens_attended, row.device_bytes_per_request) == (0, 26 * 500)
+
+
+def test_rows_of_divergences():
+    task = "perplexity text"
+    dense = [record("dense", task, seed=seed, score=2.0) for seed in range(3)]
+    ours = [record("lrqk", task, seed=seed, score=2.0, divergence=0.25 * seed) for seed in range(3)]
+    first, second = rows(dense + ours)
+    assert first.divergence is None
+    assert second.divergence == 0.25
+    assert 0 <= second.divergence_low < second.divergence < second.divergence_high <= 0.5
+
+
+def test_old_records_are_read(tmp_path):
+    """Fields that came later have defaults."""
+    line = json.dumps({key: value for key, value in vars(record()).items() if "divergence" not in key})
+    Store(tmp_path, SETTINGS)
+    (tmp_path / "records.jsonl").write_text(line + "\n")
+    assert Store(tmp_path, SETTINGS).records["lrqk", "qa", 512, 0, 0].divergence is None

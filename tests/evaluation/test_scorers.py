@@ -37,3 +37,17 @@ def test_classification(output, expected):
 
 def test_a_class_inside_the_right_one_is_not_counted():
     assert scorers.classification("Date of birth", ["Date of birth"], ["Date", "Date of birth"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (' "Ada Abbott": "Ashford", "Boris Becker": "Elmton"}', 1),
+        ('{\n  "Boris Becker" : "Elmton",\n  "Ada Abbott":"Oakham"\n}', 1 / 2),
+        ('"Ada Abbott": "Elmton", "Boris Becker": "Ashford"', 0),  # right towns of the wrong people
+        ('"Ada Abbott": "Oakham", "Ada Abbott": "Ashford"', 0),  # the first value counts
+        ("Ada Abbott lives in Ashford", 0),
+    ],
+)
+def test_members_of_an_object(output, expected):
+    assert scorers.json_pairs(output, ["Ada Abbott: Ashford", "Boris Becker: Elmton"]) == expected

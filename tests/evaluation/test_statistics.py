@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_lrqk.evaluation.statistics import paired_interval, perplexity
+from vllm_lrqk.evaluation.statistics import mean_interval, paired_interval, perplexity
 
 
 def test_pairs_are_drawn_together():
@@ -48,3 +48,13 @@ def test_perplexity_and_single_samples():
     assert difference == pytest.approx(np.exp(2) - np.exp(1))
     assert low < difference < high
     assert paired_interval([1.0], [0.0]) is None
+
+
+def test_mean_and_its_interval():
+    values = np.random.default_rng(0).normal(3, 1, 100)
+    mean, low, high = mean_interval(values)
+    assert mean == pytest.approx(values.mean())
+    # 1.96 standard errors, of which a percentile bootstrap is off by a few per cent
+    error = values.std() / 10
+    assert (mean - low, high - mean) == pytest.approx((1.96 * error, 1.96 * error), rel=0.1)
+    assert mean_interval([1.0]) is None

@@ -22,7 +22,7 @@ def rows(tmp_path_factory):
     arguments = ["--tasks", "niah_single", "copy", "--lengths", "1024", "--samples", "6", "--decode-question"]
     arguments += ["--perplexity", str(text), "--continuation", "32", "--dtype", "float32"]
     arguments += ["--config", f"lrqk={json.dumps(LRQK)}", "--config", f"tiny={json.dumps(TINY)}"]
-    arguments += ["--engine", '{"enforce_eager": true}', "--output", str(folder)]
+    arguments += ["--output", str(folder)]
     main(arguments)
     results = json.loads((folder / "results.json").read_text())
     return {(row["task"].split()[0], row["configuration"]): row for row in results}

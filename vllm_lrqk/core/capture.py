@@ -4,13 +4,13 @@
     FOLDER/request-0000/LAYER.steps    a line per step: "prefill" or "decode", first token, tokens
     FOLDER/request-0000/LAYER.rows     [tokens, H + 2 KV, d]: query, key and value heads of each token, raw
 
-Files are only appended to, so that what an engine wrote before it was ended can be read. With several ranks LAYER
-ends in "-rank" and a number; each rank has heads of its own.
+Files are only appended to, so that what an engine wrote before it was ended can be read
+(`evaluation/attention/captures.py`). With several ranks LAYER ends in "-rank" and a number; each rank has heads of
+its own.
 """
 
 import json
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy
@@ -18,10 +18,6 @@ import torch
 
 from vllm_lrqk.core.layer import LayerShape
 from vllm_lrqk.core.step import Step
-
-
-class CaptureError(ValueError):
-    """A captured folder that cannot be read; the message is one sentence."""
 
 
 class LayerCapture:
@@ -76,63 +72,3 @@ class LayerCapture:
 
     def _path(self, page: int, suffix: str) -> Path:
         return self.folder / f"request-{self._requests[page]:04d}" / f"{self.name}.{suffix}"
-
-
-@dataclass(frozen=True)
-class CapturedLayer:
-    """One request's tokens in one layer."""
-
-    request: str
-    layer: str
-    shape: LayerShape
-    query: torch.Tensor
-    """[L, H, d]"""
-    key: torch.Tensor
-    """[L, KV, d]"""
-    value: torch.Tensor
-    """[L, KV, d]"""
-    prompt_tokens: int
-    """Tokens that came in prefill chunks."""
-
-
-def read_capture(folder: Path) -> list[CapturedLayer]:
-    """All requests and layers of a captured folder, in order.
-
-    Raises:
-        CaptureError: there is nothing to read, tokens are missing, or the layers of a request disagree.
-    """
-    headers = sorted(folder.glob("request-*/*.json"))
-    if not headers:
-        raise CaptureError(f"{folder} has no captured requests: set lrqk.capture to a folder and serve some.")
-    layers = [_read_layer(header) for header in headers]
-    for one, other in pairwise(layers):
-        same = one.prompt_tokens == other.prompt_tokens and len(one.query) == len(other.query)
-        if one.request == other.request and not same:
-            raise CaptureError(
-                f"{folder / one.request} is incomplete, {one.layer} has {len(one.query)} tokens and {other.layer} "
-                f"{len(other.query)}: end the engine before reading, or capture again."
-            )
-    return layers
-
-
-def _read_layer(header: Path) -> CapturedLayer:
-    shape = LayerShape(**json.loads(header.read_text()))
-    steps, row_file = header.with_suffix(".steps"), header.with_suffix(".rows")
-    if not steps.exists() or not row_file.exists():
-        raise CaptureError(f"{header} has no tokens beside it: capture again.")
-    prompt_tokens, tokens = 0, 0
-    for line in steps.read_text().splitlines():
-        kind, start, count = line.split()
-        if int(start) != tokens:
-            raise CaptureError(
-                f"{steps} goes from token {tokens} to {start}: capture again with --no-enable-prefix-caching."
-            )
-        tokens += int(count)
-        prompt_tokens += int(count) * (kind == "prefill")
-    size, expected = row_file.stat().st_size, tokens * shape.row_bytes
-    if size != expected:
-        raise CaptureError(f"{row_file} has {size} bytes, but {tokens} tokens need {expected}: capture again.")
-    raw = numpy.memmap(row_file, dtype=numpy.uint8, mode="c")  # read as it is used: captures can exceed memory
-    rows = torch.from_numpy(raw).view(getattr(torch, shape.dtype)).view(tokens, *shape.row_shape)
-    query, key, value = rows.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
-    return CapturedLayer(header.parent.name, header.stem, shape, query, key, value, prompt_tokens)

@@ -36,15 +36,18 @@ def _run(words: list[str]) -> None:
         raise EvaluationError(f"{error.name} is missing: pip install vllm-lrqk[eval].") from error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from vllm_lrqk.evaluation.plot import plot
-    from vllm_lrqk.evaluation.prompts import Tokens
+    from vllm_lrqk.evaluation.prompts import Tokens, use_chat
     from vllm_lrqk.evaluation.records import Store
     from vllm_lrqk.evaluation.report import rows, table
-    from vllm_lrqk.evaluation.run import engine_settings, evaluate, identity, load_model, make_prompts
+    from vllm_lrqk.evaluation.run import engine_settings, evaluate, identity, load_model, make_prompts, on_cpu
 
     config, tokenizer = load_model(parsed.model)
     context = min(config.max_position_embeddings, parsed.max_model_len or config.max_position_embeddings)
-    prompts = make_prompts(parsed, Tokens(tokenizer, parsed.decode_question), context)
+    parsed.chat = use_chat(parsed.chat, tokenizer)
+    prompts = make_prompts(parsed, Tokens(tokenizer, parsed.decode_question, parsed.chat), context)
     settings = engine_settings(parsed, config, prompts)
+    if parsed.eager is None:
+        parsed.eager = on_cpu()
     store = Store(parsed.output, identity(parsed, compared))
     found = rows(evaluate(parsed, compared, prompts, store, settings))
     console = Console()

@@ -71,17 +71,20 @@ def _request(line: dict[str, Any], max_tokens: int, longest: int, tokens: Tokens
     question = f"Question: {line['input']}\nAnswer:" if line["input"] else "Summary:"
     context = line["context"]
     room = longest - max_tokens
-    prompt = f"{begin}{context}\n\n{question}"
-    excess = tokens.count(prompt) - room
+
+    def prompt(context: str) -> str:
+        return tokens.render([(f"{begin}{context}\n\n{question}", "")])
+
+    excess = tokens.count(prompt(context)) - room
     while excess > 0 and context:
         share = 1 - (excess + 8) / max(1, tokens.count(context))
         half = max(0, int(len(context) * share)) // 2
         context = context[:half] + context[len(context) - half :] if half else ""
-        prompt = f"{begin}{context}\n\n{question}"
-        excess = tokens.count(prompt) - room
+        excess = tokens.count(prompt(context)) - room
     if excess > 0:
         raise EvaluationError(f"a question alone takes more than {room} tokens: raise --max-model-len.")
-    return tokens.request(prompt, question, max_tokens)
+    text = prompt(context)
+    return tokens.request(text, text[text.rindex(question) :], max_tokens)
 
 
 def _scored(

@@ -20,9 +20,12 @@ def plot(rows: list[Row], file: Path) -> None:
         chosen = [row for row in rows if (row.task, row.turn) == (task, turn)]
         for number, length in enumerate(sorted({row.length for row in chosen})):
             colour = f"C{number % 10}"
-            points = [row for row in chosen if row.length == length and row.configuration != DENSE]
-            points.sort(key=lambda row: row.share_attended)
-            shares, values = [row.share_attended for row in points], [row.value for row in points]
+            points = [
+                (row.share_attended, row.value)
+                for row in chosen
+                if row.length == length and row.configuration != DENSE and row.share_attended is not None
+            ]
+            shares, values = zip(*sorted(points)) if points else ((), ())
             axis.plot(shares, values, "o-", color=colour, label=f"{length:,} tokens")
             for row in (row for row in chosen if row.length == length and row.configuration == DENSE):
                 axis.axhline(row.value, color=colour, linestyle="--", linewidth=1)
@@ -31,7 +34,7 @@ def plot(rows: list[Row], file: Path) -> None:
         if chosen[0].metric == "score":
             axis.set_ylim(-0.05, 1.05)
         axis.legend(fontsize="small")
-    figure.suptitle("LRQK; dashed: dense attention")
+    figure.suptitle("dashed: dense attention")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -27,6 +27,10 @@ class Record:
     output: str
     prompt_tokens: int
     device_bytes_per_token: float
+    device_bytes_per_request: float = 0.0
+    """Beside those of its tokens."""
+    divergence: float | None = None
+    """Of a perplexity: mean Kullback-Leibler divergence from dense attention per token, in nats."""
     steps: float | None = None
     """Decode steps times layers and KV heads, over which `rows_attended` is a sum. None for dense attention.
 

@@ -9,9 +9,10 @@ from rich.table import Table
 from vllm_lrqk.evaluation.arguments import DENSE
 from vllm_lrqk.evaluation.prompts import PERPLEXITY
 from vllm_lrqk.evaluation.records import Record
-from vllm_lrqk.evaluation.statistics import mean_score, paired_interval, perplexity
+from vllm_lrqk.evaluation.statistics import mean_interval, mean_score, paired_interval, perplexity
 
 ALL_TASKS = "all tasks"
+BYTES = ("device bytes/token", "per request")
 Samples = dict[str, dict[tuple[str, int, int], Record]]
 """Records by configuration and by (task, seed, turn)."""
 
@@ -33,13 +34,20 @@ class Row:
     low: float | None
     high: float | None
     """The difference's 95 % confidence interval."""
-    tokens_attended: float
-    """Per KV head, layer and decode step."""
-    share_attended: float
+    tokens_attended: float | None
+    """Per KV head, layer and decode step; None where the method does not count them."""
+    share_attended: float | None
     """`tokens_attended` over the prompts' tokens."""
     device_bytes_per_token: float
+    device_bytes_per_request: float
+    """Of all of a prompt's tokens, and what a request takes beside them."""
     hit_rate: float | None
     """None without a hot cache."""
+    divergence: float | None
+    """Of a perplexity: mean Kullback-Leibler divergence from dense attention per token, in nats."""
+    divergence_low: float | None
+    divergence_high: float | None
+    """Its 95 % confidence interval."""
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
@@ -77,7 +85,14 @@ def _row(task: str, length: int, turn: int, configuration: str, group: Samples) 
     prompt_tokens = sum(record.prompt_tokens for record in every) / len(every)
     names = ("steps", "rows_attended", "rows_hit", "rows_missed")
     steps, attended, hit, missed = (sum(getattr(record, name) or 0 for record in every) for name in names)
-    tokens_attended = prompt_tokens if configuration == DENSE else attended / steps if steps else 0.0
+    divergences = [record.divergence for record in every if record.divergence is not None]
+    mean, divergence_low, divergence_high = mean_interval(divergences) or (None, None, None)
+    per_token = every[0].device_bytes_per_token
+    tokens_attended: float | None = None
+    if configuration == DENSE:
+        tokens_attended = prompt_tokens
+    elif any(record.rows_attended is not None for record in every):
+        tokens_attended = attended / steps if steps else 0.0
     return Row(
         task=task,
         length=length,
@@ -90,9 +105,13 @@ def _row(task: str, length: int, turn: int, configuration: str, group: Samples) 
         low=low,
         high=high,
         tokens_attended=tokens_attended,
-        share_attended=tokens_attended / prompt_tokens,
-        device_bytes_per_token=every[0].device_bytes_per_token,
+        share_attended=None if tokens_attended is None else tokens_attended / prompt_tokens,
+        device_bytes_per_token=per_token,
+        device_bytes_per_request=per_token * prompt_tokens + every[0].device_bytes_per_request,
         hit_rate=hit / (hit + missed) if hit + missed else None,
+        divergence=mean,
+        divergence_low=divergence_low,
+        divergence_high=divergence_high,
     )
 
 
@@ -101,7 +120,7 @@ def table(found: list[Row]) -> Table:
     shown = Table(title="scores 0 to 1, perplexity as such; differences to dense attention, 95 % interval")
     for heading in ("task", "length", "configuration"):
         shown.add_column(heading, justify="left" if heading != "length" else "right")
-    for heading in ("score", "difference", "interval", "samples", "tokens attended", "device bytes/token", "hit rate"):
+    for heading in ("score", "difference", "interval", "samples", "tokens attended", *BYTES, "hit rate", "KL to dense"):
         shown.add_column(heading, justify="right")
     previous = None
     for row in found:
@@ -114,9 +133,11 @@ def table(found: list[Row]) -> Table:
             "" if row.difference is None else f"{row.difference:+,.3f}",
             "" if row.low is None else f"{row.low:+,.3f} to {row.high:+,.3f}",
             str(row.samples),
-            f"{row.tokens_attended:,.0f} ({row.share_attended:.0%})",
+            "" if row.tokens_attended is None else f"{row.tokens_attended:,.0f} ({row.share_attended:.1%})",
             f"{row.device_bytes_per_token:,.0f}",
+            f"{row.device_bytes_per_request:,.0f}",
             "" if row.hit_rate is None else f"{row.hit_rate:.1%}",
+            "" if row.divergence is None else f"{row.divergence:.5f}",
         )
         previous = place
     return shown

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from tqdm import tqdm
 
 from vllm_lrqk.evaluation.arguments import Configuration
 from vllm_lrqk.evaluation.datasets import dataset_prompts, split_name
-from vllm_lrqk.evaluation.engine import COUNTED, Batch, Engine
+from vllm_lrqk.evaluation.engine import Batch, Engine
 from vllm_lrqk.evaluation.errors import EvaluationError
-from vllm_lrqk.evaluation.prompts import Prompt, Tokens, perplexity_prompts, task_prompts
+from vllm_lrqk.evaluation.methods import has_host_tier, settings_key
+from vllm_lrqk.evaluation.prompts import Prompt, Tokens, mean_divergence, perplexity_prompts, task_prompts
 from vllm_lrqk.evaluation.records import Record, Store, fingerprint
 
+DISTRIBUTIONS = "distributions"
+"""Folder, in that of the records, of what perplexities under other methods are compared with."""
 GIB = 1 << 30
 SPARE_PAGES = 2  # per request, beside its own: the null page and the one that fills
 
@@ -44,7 +48,8 @@ def make_prompts(arguments: argparse.Namespace, tokens: Tokens, context: int) ->
                 prompts += task_prompts(task, length, seeds, arguments.multi_turn, tokens)
                 bar.update(len(prompts) - bar.n)
             for file in arguments.perplexity:
-                prompts += perplexity_prompts(file, length, arguments.samples, arguments.continuation, tokens)
+                kept = arguments.output / DISTRIBUTIONS
+                prompts += perplexity_prompts(file, length, arguments.samples, arguments.continuation, tokens, kept)
                 bar.update(len(prompts) - bar.n)
         for file, scorer in map(split_name, arguments.jsonl):
             prompts += dataset_prompts(file, scorer, arguments.samples, context, tokens)
@@ -62,12 +67,14 @@ def identity(arguments: argparse.Namespace, configurations: list[Configuration])
         "dtype": arguments.dtype,
         "max_model_len": arguments.max_model_len,
         "engine": json_text(arguments.engine),
+        "eager": arguments.eager,
+        "chat": arguments.chat,
         "decode_question": arguments.decode_question,
         "multi_turn": arguments.multi_turn,
         "continuation": arguments.continuation,
         "scorers": {split_name(text)[0].name: split_name(text)[1] for text in arguments.jsonl},
         "files": {file.name: fingerprint(file) for file in files},
-        "configurations": {c.name: {"lrqk": c.lrqk, "budget": c.budget} for c in configurations},
+        "configurations": {c.name: asdict(c) for c in configurations},
     }
 
 
@@ -81,18 +88,18 @@ def evaluate(
     configurations: list[Configuration],
     prompts: list[Prompt],
     store: Store,
-    engine_settings: Callable[[dict[str, Any] | None], dict[str, Any]],
+    engine_settings: Callable[[str | None, dict[str, Any]], dict[str, Any]],
 ) -> list[Record]:
     """Answer what `store` has no record of; the records of all prompts under all configurations."""
     total = len(prompts) * len(configurations)
-    done = sum(_key(c, prompt) in store.records for c in configurations for prompt in prompts)
+    asked = {c.name: _missing(c, configurations, prompts, store) for c in configurations}
+    done = total - sum(map(len, asked.values()))
     with tqdm(total=total, initial=done, desc="evaluating", unit="prompt") as bar:
         for configuration in configurations:
-            missing = [prompt for prompt in prompts if _key(configuration, prompt) not in store.records]
-            for settings, group in _by_settings(configuration, missing):
+            for settings, group in _by_settings(configuration, asked[configuration.name]):
                 bar.set_postfix_str(configuration.name)
                 log = arguments.output / "engine.log"
-                engine = Engine(engine_settings(settings), settings is not None, log)
+                engine = Engine(engine_settings(configuration.backend, settings), configuration.backend, log)
                 try:
                     for batch in _batches(group, arguments.batch):
                         answered = engine.answer([prompt.request for prompt in batch])
@@ -107,11 +114,25 @@ def _key(configuration: Configuration, prompt: Prompt) -> tuple[str, str, int, i
     return configuration.name, prompt.task, prompt.length, prompt.seed, prompt.turn
 
 
-def _by_settings(
-    configuration: Configuration, prompts: list[Prompt]
-) -> Iterator[tuple[dict[str, Any] | None, list[Prompt]]]:
+def _missing(
+    configuration: Configuration, configurations: list[Configuration], prompts: list[Prompt], store: Store
+) -> list[Prompt]:
+    """Prompts without a record; and those whose distributions are gone where another method is to be compared."""
+
+    def is_missing(prompt: Prompt) -> bool:
+        if _key(configuration, prompt) not in store.records:
+            return True
+        file = prompt.request.distributions
+        if configuration.backend is not None or file is None or file.exists():
+            return False
+        return any(_key(other, prompt) not in store.records for other in configurations)
+
+    return [prompt for prompt in prompts if is_missing(prompt)]
+
+
+def _by_settings(configuration: Configuration, prompts: list[Prompt]) -> Iterator[tuple[dict[str, Any], list[Prompt]]]:
     """Prompts that one engine can serve: all, or those of one length where top_k follows the length."""
-    groups: dict[str, tuple[dict[str, Any] | None, list[Prompt]]] = {}
+    groups: dict[str, tuple[dict[str, Any], list[Prompt]]] = {}
     for prompt in prompts:
         settings = configuration.settings(prompt.length)
         groups.setdefault(json_text(settings), (settings, []))[1].append(prompt)
@@ -132,7 +153,7 @@ def _batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
 
 
 def _records(configuration: Configuration, prompts: list[Prompt], batch: Batch, about: dict[str, Any]) -> list[Record]:
-    shares = {name: batch.counts[name] / len(prompts) for name in COUNTED} if batch.counts else {}
+    shares = {name: count / len(prompts) for name, count in batch.counts.items()}
     records = []
     for prompt, output in zip(prompts, batch.outputs):
         score, text = prompt.score(output)
@@ -146,7 +167,9 @@ def _records(configuration: Configuration, prompts: list[Prompt], batch: Batch, 
             output=text,
             prompt_tokens=len(prompt.request.token_ids) + len(prompt.request.forced_ids),
             device_bytes_per_token=about["device_bytes_per_token"],
-            steps=shares["decode_tokens"] * about["kv_heads"] if shares else None,
+            device_bytes_per_request=about["device_bytes_per_request"],
+            divergence=mean_divergence(output),
+            steps=shares["decode_tokens"] * about["kv_heads"] if "decode_tokens" in shares else None,
             rows_attended=shares.get("rows_attended"),
             rows_hit=shares.get("rows_hit"),
             rows_missed=shares.get("rows_missed"),
@@ -157,8 +180,8 @@ def _records(configuration: Configuration, prompts: list[Prompt], batch: Batch, 
 
 def engine_settings(
     arguments: argparse.Namespace, config: Any, prompts: list[Prompt]
-) -> Callable[[dict[str, Any] | None], dict[str, Any]]:
-    """Arguments of `LLM` for settings of LRQK, or for None: memory for `--batch` texts, all else vLLM's defaults."""
+) -> Callable[[str | None, dict[str, Any]], dict[str, Any]]:
+    """Arguments of `LLM` for a backend and its settings: memory for `--batch` texts, all else vLLM's defaults."""
     needed = max(prompt.tokens for prompt in prompts)
     length = arguments.max_model_len or needed
     if length < needed:
@@ -168,8 +191,8 @@ def engine_settings(
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * kv_heads * head_size * item_size
 
-    def settings(lrqk: dict[str, Any] | None) -> dict[str, Any]:
-        page_size = (lrqk or {}).get("page_size", 256)
+    def settings(backend: str | None, method: dict[str, Any]) -> dict[str, Any]:
+        page_size = method.get("page_size", 256)
         pages = math.ceil(length / page_size) + SPARE_PAGES
         memory = (arguments.batch * pages + SPARE_PAGES) * page_size * token_bytes
         common = {
@@ -177,18 +200,21 @@ def engine_settings(
             "dtype": arguments.dtype,
             "max_model_len": length,
             "max_num_seqs": arguments.batch,
+            "enforce_eager": arguments.eager,
             "seed": 0,
         }
-        if lrqk is not None:
-            common["additional_config"] = {"lrqk": {"host_memory_gib": memory / GIB, **lrqk}}
-        elif _on_cpu():
+        if backend is not None:
+            memory_setting = {"host_memory_gib": memory / GIB} if has_host_tier(backend) else {}
+            common["additional_config"] = {settings_key(backend): memory_setting | method}
+        if on_cpu() and (backend is None or not has_host_tier(backend)):
             common["kv_cache_memory_bytes"] = memory
         return common | arguments.engine
 
     return settings
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether engines run on the CPU."""
     import torch
 
     return not torch.cuda.is_available()

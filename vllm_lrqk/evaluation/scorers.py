@@ -26,6 +26,22 @@ def any_answer(output: str, answers: Sequence[str]) -> float:
     return float(any(_contains(output, answer) for answer in answers))
 
 
+def first_answer(output: str, answers: Sequence[str]) -> float:
+    """1 if the output's first word is the only answer."""
+    return float(words_of(output)[:1] == words_of(answers[0]))
+
+
+def json_pairs(output: str, answers: Sequence[str]) -> float:
+    """Share of the answers "name: value" that the output has as members of JSON objects, whole or broken off.
+
+    Of a name that comes several times the first value counts.
+    """
+    found: dict[str, str] = {}
+    for name, value in re.findall(r'"([^"]+)"\s*:\s*"([^"]*)"', output):
+        found.setdefault(name, value)
+    return sum(found.get(name) == value for name, value in (answer.split(": ") for answer in answers)) / len(answers)
+
+
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest sequence of words that both have in this order."""
     row = [0] * (len(second) + 1)

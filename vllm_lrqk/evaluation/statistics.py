@@ -38,8 +38,23 @@ def paired_interval(
     if statistic is mean_score and np.ptp(first - second) == 0:
         share = 1 - ((1 - CONFIDENCE) / 2) ** (1 / len(first))
         return difference, difference - share * (1 + difference), difference + share * (1 - difference)
-    index = np.random.default_rng(seed).integers(len(first), size=(RESAMPLES, len(first)))
-    resampled = statistic(first[index]) - statistic(second[index])
+    index = _resamples(len(first), seed)
+    return difference, *_middle(statistic(first[index]) - statistic(second[index]))
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float] | None:
+    """Mean of the samples' values and its 95 % interval, a percentile bootstrap. None for fewer than two samples."""
+    if len(values) < 2:
+        return None
+    array = np.asarray(values, dtype=float)
+    return float(array.mean()), *_middle(array[_resamples(len(array), seed)].mean(-1))
+
+
+def _resamples(size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(size, size=(RESAMPLES, size))
+
+
+def _middle(resampled: np.ndarray) -> tuple[float, float]:
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
-    return difference, float(low), float(high)
+    return float(low), float(high)

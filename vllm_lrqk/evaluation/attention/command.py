@@ -12,10 +12,10 @@ from typing import NoReturn
 from rich.console import Console
 from tqdm import tqdm
 
-from vllm_lrqk.core.capture import CaptureError
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.evaluation.attention import report
 from vllm_lrqk.evaluation.attention.budgets import Settings
+from vllm_lrqk.evaluation.attention.captures import CaptureError
 from vllm_lrqk.evaluation.attention.measures import Result, evaluate
 from vllm_lrqk.evaluation.attention.methods import METHODS
 from vllm_lrqk.evaluation.attention.sources import Source, load_source

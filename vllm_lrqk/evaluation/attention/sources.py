@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_lrqk.core.capture import read_capture
+from vllm_lrqk.evaluation.attention.captures import read_capture
 from vllm_lrqk.evaluation.attention.generator import SETS, generate
 from vllm_lrqk.evaluation.attention.qkv import QKV
 from vllm_lrqk.evaluation.errors import EvaluationError

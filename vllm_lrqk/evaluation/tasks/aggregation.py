@@ -20,9 +20,9 @@ def variable_tracking(rng: random.Random, length: int, questions: int) -> Draft:
     filler = prose(rng)
     instruction = "Memorize and track the chain of variable assignments hidden in the following text."
     question = Question(
-        f"Question: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
-        f"chain of variable assignment in the text above, {len(names)} variables are assigned the value {value}, "
-        "they are:",
+        f"Question: Find all variables that are assigned the value {value} in the text above.",
+        f"Answer: According to the chain of variable assignment in the text above, {len(names)} variables are assigned "
+        f"the value {value}, they are:",
         f" {listing(names)}.",
         tuple(names),
     )
@@ -54,7 +54,7 @@ def common_words(rng: random.Random, length: int, questions: int) -> Draft:
         )
 
     question = Question(
-        f"Question: What are the {count} most common words in the above list? "
+        f"Question: What are the {count} most common words in the above list?",
         f"Answer: The top {count} words that appear most often in the list are:",
         f" {listing(common)}.",
         tuple(common),
@@ -81,9 +81,33 @@ def frequent_words(rng: random.Random, length: int, questions: int) -> Draft:
 
     question = Question(
         "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
-        "appeared words in the above coded text? Answer: According to the coded text above, "
-        "the three most frequently appeared words are:",
+        "appeared words in the above coded text?",
+        "Answer: According to the coded text above, the three most frequently appeared words are:",
         f" {listing(words[1:4])}.",
         tuple(words[1:4]),
     )
+    return Draft(context, (question,))
+
+
+def common_vote(rng: random.Random, length: int, questions: int) -> Draft:
+    """As `common_words` for small models: votes, half of them for one word, whose sentence is to be gone on with."""
+    return _votes(rng, ADJECTIVES + NOUNS)
+
+
+def frequent_vote(rng: random.Random, length: int, questions: int) -> Draft:
+    """As `frequent_words` for small models: votes for coded words."""
+    return _votes(rng, CODED_WORDS)
+
+
+def _votes(rng: random.Random, words: list[str]) -> Draft:
+    winner, *others = rng.sample(words, len(words))
+    order_seed = rng.random()
+
+    def context(units: int) -> str:
+        votes = [winner] * (units + 4) + [others[unit % len(others)] for unit in range(units)]
+        random.Random(order_seed).shuffle(votes)
+        listed = "\n".join(f"A vote for {word}." for word in votes)
+        return f"Below is a list of votes. Memorize the word that has the most votes.\n{listed}\n"
+
+    question = Question("Question: Which word has the most votes?", "Answer: A vote for", f" {winner}.", (winner,))
     return Draft(context, (question,))

@@ -50,16 +50,12 @@ def _sentence(key: str, value: str) -> str:
 def _question(keys: list[str], values: list[str]) -> Question:
     asked = listing(keys)
     if len(values) == 1:
-        text = (
-            f"What is the special magic number for {asked} mentioned in the provided text? "
-            f"The special magic number for {asked} mentioned in the provided text is"
-        )
+        text = f"What is the special magic number for {asked} mentioned in the provided text?"
+        begins = f"The special magic number for {asked} mentioned in the provided text is"
     else:
-        text = (
-            f"What are all the special magic numbers for {asked} mentioned in the provided text? "
-            f"The special magic numbers for {asked} mentioned in the provided text are"
-        )
-    return Question(text, f" {listing(values)}.", tuple(values))
+        text = f"What are all the special magic numbers for {asked} mentioned in the provided text?"
+        begins = f"The special magic numbers for {asked} mentioned in the provided text are"
+    return Question(text, begins, f" {listing(values)}.", tuple(values))
 
 
 def _draft(inserts: list[tuple[float, str]], filler: Stream, questions: list[Question]) -> Draft:
@@ -127,7 +123,7 @@ def _sentences_of_words(rng: random.Random, coded_words: list[str], words_each: 
     filler_words = words[questions * words_each :]
     inserts = [(rng.random(), " ".join(sentence)) for sentence in sentences]
     filler = Stream(lambda: " ".join(rng.choices(filler_words, k=8)))
-    asked = [Question(first, f" {' '.join(rest)}.", (" ".join(rest),)) for first, *rest in sentences]
+    asked = [Question(first, "", f" {' '.join(rest)}.", (" ".join(rest),)) for first, *rest in sentences]
     return Draft(lambda units: f"{scatter(filler.take(units), inserts)} ", tuple(asked))
 
 
@@ -138,5 +134,5 @@ def copy(rng: random.Random, length: int, questions: int) -> Draft:
     inserts = [(rng.random(), f"\nThe passage begins here: {passage}. The passage ends here.\n")]
     filler = prose(rng)
     instruction = "A passage of words is hidden within the following text. Memorize it word for word."
-    question = Question("Repeat the passage word for word. The passage is:", f" {passage}.", (passage,))
+    question = Question("Repeat the passage word for word.", "The passage is:", f" {passage}.", (passage,))
     return Draft(lambda units: f"{instruction}\n{scatter(filler.take(units), inserts)}\n", (question,))

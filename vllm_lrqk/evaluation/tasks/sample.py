@@ -1,7 +1,7 @@
 """What a task makes, and how its text is brought to a length in tokens."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_lrqk.evaluation.scorers import Scorer
@@ -11,11 +11,21 @@ MAX_COUNTS = 6  # texts that are tokenised to find one length
 TOKENS_PER_UNIT = 12  # the first guess
 
 
+Render = Callable[[Sequence[tuple[str, str]]], str]
+"""A dialogue as one text: pairs of what a user says and what the answer is, of the last pair what it begins with."""
+
+
+def plain(dialogue: Sequence[tuple[str, str]]) -> str:
+    """One after the other, the answer after a space."""
+    return "\n".join(f"{said} {answer.lstrip()}" if answer else said for said, answer in dialogue)
+
+
 @dataclass(frozen=True)
 class Question:
-    """`text` ends with the answer's prefix; `completion` continues it, from the leading space to the full stop."""
+    """`completion` continues what the answer `begins` with, from its first character (a space) to the full stop."""
 
     text: str
+    begins: str
     completion: str
     answers: tuple[str, ...]
 
@@ -50,7 +60,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt of at most the asked length less `max_tokens`, and what must follow it; `question` ends the prompt."""
+    """A prompt of at most the asked length less `max_tokens`, and what must follow it.
+
+    `question` ends the prompt: all that comes after the text that is asked about.
+    """
 
     prompt: str
     question: str
@@ -64,13 +77,12 @@ class Sample:
         return self.scorer(output, self.answers)
 
 
-def fit(context: Callable[[int], str], tokens: int, count_tokens: CountTokens) -> str:
-    """The longest text found with at most `tokens` tokens, by interpolation over the number of filler units.
+def fit(context: Callable[[int], str], tokens: int, count_tokens: CountTokens) -> int:
+    """The most filler units found for a text of at most `tokens` tokens, by interpolation.
 
     Raises ValueError if the text without filler is longer.
     """
-    best = context(0)
-    low, low_tokens = 0, count_tokens(best)
+    low, low_tokens = 0, count_tokens(context(0))
     if low_tokens > tokens:
         raise ValueError(f"{low_tokens - tokens} tokens too short")
     high: int | None = None
@@ -78,16 +90,15 @@ def fit(context: Callable[[int], str], tokens: int, count_tokens: CountTokens) -
     for attempt in range(1, MAX_COUNTS):
         if guess <= low:
             break
-        text = context(guess)
-        found = count_tokens(text)
+        found = count_tokens(context(guess))
         per_unit = max((found - low_tokens) / (guess - low), 1e-6)
         wanted = (tokens - low_tokens) / per_unit * (1 - 0.002 * attempt)
         if found <= tokens:
-            best, wanted = text, wanted - (guess - low)
+            wanted -= guess - low
             low, low_tokens = guess, found
         else:
             high = guess
         guess = low + int(wanted)
         if high is not None:
             guess = min(guess, high - 1)
-    return best
+    return low

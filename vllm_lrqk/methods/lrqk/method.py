@@ -75,12 +75,14 @@ class LRQK(Method):
 
     def plan(self, head_size: int, dtype: torch.dtype, group: int) -> MemoryPlan:
         config = self.settings
-        hot_blocks = self.hot_format(head_size, dtype).blocks_for(config.num_hot_rows)
+        hot_blocks = 0
+        if self.uses_hot_cache:  # where it is off, pages may be too small for a row
+            hot_blocks = self.hot_format(head_size, dtype).blocks_for(config.num_hot_rows)
         return MemoryPlan(
             block_size=config.page_size,
             bytes_per_token=PageFormat.from_config(config, head_size).bytes_per_token,
             is_paged=True,
-            blocks_per_request=hot_blocks if self.uses_hot_cache else 0,
+            blocks_per_request=hot_blocks,
             host_bytes_per_token=2 * head_size * dtype.itemsize,
         )
 

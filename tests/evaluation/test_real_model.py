@@ -1,0 +1,26 @@
+"""A pretrained model that nobody trained for this package, served by LRQK."""
+
+import pytest
+from engines import engine, greedy
+from transformers import AutoTokenizer
+from vllm import TokensPrompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.real_model]
+
+QUESTIONS = ["What is the capital of France?", "Name three colours.", "Why is the sky blue?"]
+TOKENS = 24
+
+
+def test_smollm2_answers_as_with_dense_attention(smollm2_folder):
+    """The selection covers every prompt, so that the tokens are those of dense attention."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    messages = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    texts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
+    prompts = [TokensPrompt(prompt_token_ids=tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    answers = []
+    for lrqk in (None, {"page_size": 16}):
+        with engine(smollm2_folder, lrqk, max_model_len=256) as llm:
+            answers.append([list(output.token_ids) for output in greedy(llm, prompts, TOKENS)])
+    dense, ours = answers
+    assert "Paris" in tokenizer.decode(ours[0])
+    assert ours == dense
