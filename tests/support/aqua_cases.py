@@ -1,4 +1,4 @@
-"""A layer of AQUA with requests of given lengths, in memory that holds NaN wherever nobody wrote, and dense attention."""
+"""A layer of AQUA with requests of given lengths, in memory that is NaN until written, and dense attention."""
 
 from dataclasses import dataclass, field
 

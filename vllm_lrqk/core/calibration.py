@@ -1,0 +1,150 @@
+"""The calibration file: one safetensors file with the second moments of every attention layer of a model.
+
+    tensors    "LAYER.NAME", float32 [KV, d, d]: for each attention layer the tensors of `Moments`, by their names;
+               those of page frames are missing where the model's RoPE cannot be turned back
+    metadata   "format": FORMAT; "identity": the model, as JSON; "tokens", "page_size": whole numbers
+
+Both methods that use it derive their bases when they start: AQUA from "query" and "key", LRQK from the others.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vllm_lrqk.core.config import ConfigError
+from vllm_lrqk.core.moments import Moments
+
+FORMAT = "vllm-lrqk calibration 1"
+_SHAPE_FIELDS = (
+    "architectures",
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What of a model a calibration depends on, as far as its configuration tells; fine-tuned weights are not seen."""
+
+    name: str
+    """As it was given; not compared."""
+    heads: str
+    """Layers, query heads, KV heads and head size, in words."""
+    rope: str
+    """RoPE parameters, as JSON."""
+    fingerprint: str
+    """Hash of the architecture's sizes."""
+
+    @classmethod
+    def of(cls, name: str, text_config: Any, kv_heads: int, head_size: int) -> "ModelIdentity":
+        """From a Hugging Face text configuration."""
+        layers, heads = text_config.num_hidden_layers, text_config.num_attention_heads
+        shape = {key: getattr(text_config, key, None) for key in _SHAPE_FIELDS}
+        return cls(
+            name,
+            f"{layers} layers of {heads} query and {kv_heads} KV heads of size {head_size}",
+            _canonical(getattr(text_config, "rope_parameters", None)),
+            hashlib.sha256(_canonical(shape).encode()).hexdigest()[:16],
+        )
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def write_calibration(
+    path: Path, identity: ModelIdentity, layers: dict[str, Moments], tokens: int, page_size: int | None
+) -> None:
+    """Write a file in one go: what was there before is replaced when the new file is complete.
+
+    Args:
+        page_size: of the page frames; None: there are none, and only post-RoPE moments are written.
+    """
+    tensors = {}
+    for layer, moments in layers.items():
+        for name, tensor in vars(moments).items():
+            if page_size is not None or not name.startswith("page_"):
+                tensors[f"{layer}.{name}"] = tensor.contiguous()
+    metadata = {"format": FORMAT, "identity": json.dumps(asdict(identity)), "tokens": str(tokens)}
+    if page_size is not None:
+        metadata["page_size"] = str(page_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata)
+    partial.chmod(0o644)  # safetensors makes files for their owner alone
+    partial.replace(path)
+
+
+class CalibrationFile:
+    """An open calibration file that fits the model that is served.
+
+    Args:
+        setting: that names the file, for messages: "aqua.calibration".
+        path: its value; None where it is not set.
+
+    Raises:
+        ConfigError: there is no such file, it is damaged, or it belongs to another model.
+    """
+
+    def __init__(self, setting: str, path: str | None, identity: ModelIdentity) -> None:
+        remedy = f"make one with vllm-lrqk calibrate {identity.name} --output FILE."
+        if path is None:
+            raise ConfigError(f"{setting} is null, but a calibration file of {identity.name} is needed: {remedy}")
+        if not Path(path).is_file():
+            raise ConfigError(f"{setting} is {path!r}, which is not a file: {remedy}")
+        self._setting, self._path, self._remedy = setting, path, remedy
+        try:
+            self._file = safe_open(path, framework="pt")
+            metadata = self._file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{setting} is {path!r}, which is truncated or damaged ({error}): {remedy}") from error
+        if metadata.get("format") != FORMAT:
+            found = metadata.get("format", "no calibration")
+            raise ConfigError(f"{setting} is {path!r}, which holds {found!r} and not {FORMAT!r}: {remedy}")
+        self.identity = ModelIdentity(**json.loads(metadata["identity"]))
+        self.tokens = int(metadata["tokens"])
+        """Tokens that the model was run on."""
+        self.page_size = int(metadata["page_size"]) if "page_size" in metadata else None
+        """Tokens of a page, of page frames; None: the file has no page frames."""
+        self._names = set(self._file.keys())
+        self._check(identity)
+
+    def _check(self, served: ModelIdentity) -> None:
+        for what, ours, theirs in (
+            ("", self.identity.heads, served.heads),
+            ("RoPE parameters ", self.identity.rope, served.rope),
+            ("architecture ", self.identity.fingerprint, served.fingerprint),
+        ):
+            if ours != theirs:
+                raise ConfigError(
+                    f"{self._setting} is {self._path!r}, made for {self.identity.name} with {what}{ours}, "
+                    f"but {served.name} has {theirs}: {self._remedy}"
+                )
+
+    def moments(self, layer: str, kv_heads: slice = slice(None)) -> Moments:
+        """Moments of some KV heads of a layer; those of page frames are empty where the file has none.
+
+        Raises:
+            ConfigError: the file lacks the layer.
+        """
+        found = {}
+        for item in fields(Moments):
+            name = f"{layer}.{item.name}"
+            if name in self._names:
+                found[item.name] = self._file.get_slice(name)[kv_heads]
+            elif item.name.startswith("page_") and self.page_size is None:
+                found[item.name] = found["key"][:0]
+            else:
+                raise ConfigError(f"{self._setting} is {self._path!r}, which has nothing of {name}: {self._remedy}")
+        return Moments(**found)
