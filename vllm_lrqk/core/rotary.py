@@ -45,7 +45,7 @@ class RotaryTable:
 
         Args:
             vectors: [..., d], d at least rotary_dim; further dimensions stay.
-            positions: int, broadcast against vectors' leading dimensions.
+            positions: int, broadcast with vectors' leading dimensions.
         """
         cos, sin = self.cos[positions], self.sin[positions]
         if backwards:
@@ -54,4 +54,5 @@ class RotaryTable:
         shape = (2, -1) if self.is_neox_style else (-1, 2)
         first, second = turned.unflatten(-1, shape).unbind(-2 if self.is_neox_style else -1)
         pair = torch.stack([first * cos - second * sin, second * cos + first * sin], -2 if self.is_neox_style else -1)
-        return torch.cat([pair.flatten(-2), rest], -1)
+        turned = pair.flatten(-2)
+        return torch.cat([turned, rest.expand(*turned.shape[:-1], -1)], -1)
