@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_lrqk.methods.aqua import attention
 from vllm_lrqk.methods.aqua.basis import Basis, make_basis
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks
+from vllm_lrqk.methods.aqua.kernels import Kernels
 from vllm_lrqk.methods.aqua.layer import AquaLayer
 from vllm_lrqk.methods.aqua.settings import AquaConfig
 
@@ -59,6 +61,7 @@ class Requests:
         d: int = 32,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        kernels: Kernels | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         counts = [-(-length // block_size) for length in lengths]
@@ -76,7 +79,7 @@ class Requests:
         form = BlockFormat.from_config(config, block_size, d, dtype)
         raw = torch.full((len(ids), kv_heads, form.block_bytes), UNWRITTEN, dtype=torch.uint8)
         basis = basis_of(torch.cat(self.query), torch.cat(self.key), form.stored)
-        self.layer = AquaLayer(Blocks(raw, form), basis, self.scale, config)
+        self.layer = AquaLayer(Blocks(raw, form), basis, self.scale, config, kernels or attention.kernels())
 
     def run(self, decodes: list[tuple[int, int]], chunks: list[tuple[int, int, int]], padding: int = 0) -> torch.Tensor:
         """One step; the outputs of its tokens, [T, H, d].

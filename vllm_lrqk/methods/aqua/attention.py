@@ -9,6 +9,7 @@ import torch
 from vllm_lrqk.core.prefill import TILE_TOKENS, _flash, merge
 from vllm_lrqk.methods.aqua.basis import Basis
 from vllm_lrqk.methods.aqua.format import Blocks
+from vllm_lrqk.methods.aqua.kernels import Kernels
 from vllm_lrqk.methods.aqua.settings import AquaConfig
 
 
@@ -67,8 +68,8 @@ def decode_attention(
 
     Args:
         query, output: [B, H, d].
-        block_table: int [B, P], block ids; entries past a request's last block are any valid id.
-        seq_lens: int [B], the current token included.
+        block_table: int [B, P], block ids; entries past a request's last block are never used.
+        seq_lens: int [B], the current token included; 0 for padding, whose output is zero.
     """
     f = blocks.format
     kv_heads = blocks.raw.shape[1]
@@ -77,12 +78,13 @@ def decode_attention(
     if keep < f.stored:
         projected = projected * chosen_dimensions(projected, basis.sigma, keep, config.choose)
     table = block_table[:, : -(-int(seq_lens.max()) // f.block_size)].long()
+    table = table.masked_fill(torch.arange(table.shape[1], device=query.device) * f.block_size >= seq_lens[:, None], 0)
     is_token = torch.arange(table.shape[1] * f.block_size, device=query.device) < seq_lens[:, None]  # [B, P N]
     key = blocks.projected_key(table, basis.sigma).permute(0, 2, 3, 1, 4).flatten(3)  # [B, KV, s, P N]
     value = blocks.value[table].transpose(1, 2).flatten(2, 3).float()  # [B, KV, P N, d]
     value = value.masked_fill(~is_token[:, None, :, None], 0.0)
     scores = projected.unflatten(1, (kv_heads, -1)) @ key * scale  # [B, KV, G, P N]
-    weight = scores.masked_fill(~is_token[:, None, None], -torch.inf).softmax(-1)
+    weight = scores.masked_fill(~is_token[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
     output.copy_((weight @ value).flatten(1, 2))
 
 
@@ -134,3 +136,8 @@ def _rows(blocks: Blocks, basis: Basis, pages: torch.Tensor, start: int, end: in
 def _pad(vectors: torch.Tensor, size: int) -> torch.Tensor:
     """[..., s] with zeros up to `size`: attention kernels want keys as wide as values."""
     return torch.nn.functional.pad(vectors, (0, size - vectors.shape[-1]))
+
+
+def kernels() -> Kernels:
+    """The plain torch forms."""
+    return Kernels("torch", append, prefill_attention, decode_attention)

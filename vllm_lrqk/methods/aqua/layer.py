@@ -4,9 +4,9 @@ from typing import Protocol
 
 import torch
 
-from vllm_lrqk.methods.aqua.attention import append, decode_attention, prefill_attention
 from vllm_lrqk.methods.aqua.basis import Basis
 from vllm_lrqk.methods.aqua.format import Blocks
+from vllm_lrqk.methods.aqua.kernels import Kernels, kernels_for
 from vllm_lrqk.methods.aqua.settings import AquaConfig
 
 
@@ -40,11 +40,14 @@ class AquaLayer:
         scale: factor of the attention scores.
     """
 
-    def __init__(self, blocks: Blocks, basis: Basis, scale: float, config: AquaConfig) -> None:
+    def __init__(
+        self, blocks: Blocks, basis: Basis, scale: float, config: AquaConfig, kernels: Kernels | None = None
+    ) -> None:
         self.blocks = blocks
         self.basis = basis
         self.scale = scale
         self.config = config
+        self.kernels = kernels or kernels_for(blocks.raw.device)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, output: torch.Tensor
@@ -55,10 +58,10 @@ class AquaLayer:
             query, output: [T, H, d].
             key, value: [T, KV, d].
         """
-        append(key, value, self.blocks, self.basis, step.slot_mapping)
+        self.kernels.append(key, value, self.blocks, self.basis, step.slot_mapping)
         for chunk in step.prefill:
             tokens = slice(chunk.start, chunk.end)
-            prefill_attention(
+            self.kernels.prefill_attention(
                 query[tokens],
                 self.blocks,
                 self.basis,
@@ -69,7 +72,7 @@ class AquaLayer:
             )
         count = step.num_decodes
         if count:
-            decode_attention(
+            self.kernels.decode_attention(
                 query[:count],
                 self.blocks,
                 self.basis,
