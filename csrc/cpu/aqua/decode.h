@@ -97,16 +97,19 @@ inline void attend_range(const AquaDecodeArgs& a, const AquaItem& item, int64_t 
         a.blocks.is_int8 ? reinterpret_cast<const float*>(block + a.blocks.key_scale_offset) : nullptr;
     weigh_block(keys, key_scale, item.dims, group, n, count, place_scale, scores, keep, out);
     const T* values = reinterpret_cast<const T*>(block + a.blocks.value_offset);
-    for (int64_t place = 0; place < count; place += kChunkRows) {
-      const int64_t last = min<int64_t>(place + kChunkRows, ceil_div(count, 2 * W) * (2 * W));
-      const int here = static_cast<int>(last - place);
-      const T* rows[kChunkRows];
-      // A place without a token has weight 0, and must not meet what was never written.
-      for (int i = 0; i < here; ++i) rows[i] = values + min(token_at(keys, place + i), count - 1) * d;
+    const int64_t places = ceil_div(count, 2 * W) * (2 * W);
+    for (int64_t place = 0; place < places; place += kChunkRows) {
+      const int here = static_cast<int>(min<int64_t>(kChunkRows, places - place));
+      const T *rows[kChunkRows], *next[kChunkRows];
+      for (int i = 0; i < here; ++i) {
+        // A place without a token has weight 0, and must not meet what was never written.
+        rows[i] = values + min(token_at(keys, place + i), count - 1) * d;
+        next[i] = rows[i] + (kChunkRows - 1) * d;  // add_rows fetches what is d elements behind
+      }
       for (int g = 0; g < group; ++g) {
         std::memcpy(weights + g * kChunkRows, scores + g * n + place, here * sizeof(float));
       }
-      add_rows<T>(rows, nullptr, here, weights, place == 0 ? keep : ones, group, d, out.output);
+      add_rows<T>(rows, place + kChunkRows < places ? next : nullptr, here, weights, place == 0 ? keep : ones, group, d, out.output);
     }
   }
   to_natural_order<T>(out.output, group, d);

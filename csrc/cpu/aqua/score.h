@@ -12,6 +12,11 @@ namespace LRQK_ISA {
 constexpr int kTilePairs = kColumnPairs;  // registers of keys, by two, that one pass over the dimensions fills
 constexpr int kTileTokens = kTilePairs * 2 * W;
 
+// Into the second-level cache: rows of a power of two of bytes share few lines of the first.
+inline void prefetch_far(const void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
+}
+
 // Scores of kPairs * 2 W tokens for B heads; fetches the same part of the keys at `later`, if given.
 template <int B, int kPairs, class T>
 inline void score_tile(const T* keys, const T* later, int64_t block_size, const Dimensions& dims, const float* query,
@@ -24,7 +29,7 @@ inline void score_tile(const T* keys, const T* later, int64_t block_size, const 
   }
   for (int i = 0; i < dims.count; ++i) {
     const int64_t row = dims.index[i] * block_size;
-    if (later) prefetch(later + row, kPairs * 2 * W * sizeof(T));
+    if (later) prefetch_far(later + row, kPairs * 2 * W * sizeof(T));
     F qs[B];
     LRQK_UNROLL
     for (int g = 0; g < B; ++g) qs[g] = set(query[i * group + g]);
@@ -60,8 +65,8 @@ inline void score_tile(const i8* keys, const i8* later, int64_t block_size, cons
   for (int i = 0; i < dims.count; i += 2) {
     const int64_t row = dims.index[i] * block_size, next = dims.index[i + 1] * block_size;
     if (later) {
-      prefetch(later + row, kPairs * 2 * W);
-      prefetch(later + next, kPairs * 2 * W);
+      prefetch_far(later + row, kPairs * 2 * W);
+      prefetch_far(later + next, kPairs * 2 * W);
     }
     I qs[B];
     LRQK_UNROLL
@@ -89,23 +94,28 @@ inline void score_tile(const i8* keys, const i8* later, int64_t block_size, cons
 inline const float* queries_of(const Dimensions& dims, const void*) { return dims.query; }
 inline const int32_t* queries_of(const Dimensions& dims, const i8*) { return dims.pairs; }
 
-// scores[g][place] of `count` tokens of a block, rounded up to 2 W; fetches the keys of the block at `later`, if given.
+// scores[g][place] of `count` tokens of a block, rounded up to 2 W. Fetches each tile while the one before it is scored,
+// and the first tile of the block at `later`, if given.
 template <class K>
 inline void score_block(const K* keys, const K* later, int64_t block_size, const Dimensions& dims, int group,
                         int64_t count, float* scores) {
   const auto* query = queries_of(dims, keys);
-  for_head_blocks(group, [&](auto block, int g) {
-    constexpr int B = decltype(block)::value;
-    const K* next = g == 0 ? later : nullptr;
-    float* out = scores + g * block_size;
-    int64_t token = 0;
-    for (; token + kTileTokens <= block_size && token < count; token += kTileTokens) {
-      score_tile<B, kTilePairs>(keys + token, next ? next + token : nullptr, block_size, dims, query + g, group, out + token);
-    }
-    for (; token < count; token += 2 * W) {
-      score_tile<B, 1>(keys + token, next ? next + token : nullptr, block_size, dims, query + g, group, out + token);
-    }
-  });
+  for (int64_t token = 0; token < count;) {
+    const bool is_wide = token + kTileTokens <= block_size;
+    const int64_t end = token + (is_wide ? kTileTokens : 2 * W);
+    const K* next = end < count ? keys + end : later;
+    for_head_blocks(group, [&](auto block, int g) {
+      constexpr int B = decltype(block)::value;
+      const K* fetched = g == 0 ? next : nullptr;
+      float* out = scores + g * block_size + token;
+      if (is_wide) {
+        score_tile<B, kTilePairs>(keys + token, fetched, block_size, dims, query + g, group, out);
+      } else {
+        score_tile<B, 1>(keys + token, fetched, block_size, dims, query + g, group, out);
+      }
+    });
+    token = end;
+  }
 }
 
 // The token of a block that is at a place.
