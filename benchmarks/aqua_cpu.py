@@ -28,9 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from cpu_layers import HEAD_SIZE, HEADS, KV_HEADS, SCALE, CpuAttn, pack_cache, read_bandwidth  # noqa: E402
 
+from vllm_lrqk.methods.aqua import cpu  # noqa: E402
 from vllm_lrqk.methods.aqua.basis import Basis, make_basis  # noqa: E402
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks  # noqa: E402
-from vllm_lrqk.methods.aqua.kernels import kernels_for  # noqa: E402
 from vllm_lrqk.methods.aqua.settings import AquaConfig  # noqa: E402
 
 DTYPE = torch.bfloat16
@@ -91,7 +91,7 @@ class Request:
 
 def measure(length: int, clock: Callable[[], float]) -> dict[str, tuple[float, float, float]]:
     """Median milliseconds, relative error and share of the dense bytes read of every configuration and of CPU_ATTN."""
-    request, kernels = Request.random(length), kernels_for(torch.device("cpu"))
+    request, kernels = Request.random(length), cpu.kernels()
     num_blocks = length // BLOCK_SIZE
     table = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).int()[None]
     slots = (table[0].long()[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()
@@ -159,7 +159,7 @@ def main() -> None:
     clock = process_time if arguments.processor_time else perf_counter
     is_green = kernel_test_passes()
     torch.set_num_threads(arguments.threads)
-    title = f"{kernels_for(torch.device('cpu')).name}, {arguments.threads} threads, {read_bandwidth() / 1e9:.1f} GB/s read"
+    title = f"{cpu.kernels().name}, {arguments.threads} threads, {read_bandwidth() / 1e9:.1f} GB/s read"
     table = Table("tokens", "attention", "ms", "error", "share of bytes", "bound", "speed-up", title=title)
     records = []
     for length in tqdm(arguments.lengths, desc="lengths"):
@@ -167,7 +167,9 @@ def main() -> None:
         dense = found["CPU_ATTN"][0]
         for name, (time, error, share) in found.items():
             speed_up = f"{dense / time:.2f}" if is_green else "-"
-            table.add_row(f"{length:,}", name, f"{time:.3g}", f"{error:.3g}", f"{share:.3f}", f"{1 / share:.2f}", speed_up)
+            table.add_row(
+                f"{length:,}", name, f"{time:.3g}", f"{error:.3g}", f"{share:.3f}", f"{1 / share:.2f}", speed_up
+            )
             records.append(
                 {"length": length, "threads": arguments.threads, "attention": name}
                 | {"median_ms": time, "relative_error": error, "share_of_bytes": share}

@@ -1,73 +1,22 @@
-// AQUA's operators of torch.ops.vllm_lrqk, on libtorch's stable ABI. Shapes are those of cpu/aqua/args.h.
+// AQUA's CPU operators: new tokens and a decode step. Shapes are those of cpu/aqua/args.h.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <atomic>
-#include <vector>
+#include "bindings/cpu.h"
 
-#include "cpu/aqua/args.h"
-
+namespace lrqk {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void run_parallel(int64_t n, void (*task)(int64_t, void*), void* context) {
-  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) task(i, context);
-  };
-  if (threads <= 1) {
-    work(0, 1);
-  } else {
-    torch::stable::parallel_for(0, threads, 1, work);
-  }
-}
-
-lrqk::Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads()), run_parallel}; }
-
-const lrqk::AquaKernelTable& table(int64_t instruction_set) {
-  const lrqk::AquaKernelTable* found = lrqk::aqua_kernel_table(static_cast<int>(instruction_set));
-  STD_TORCH_CHECK(found, "this machine cannot run instruction set ", instruction_set);
-  return *found;
-}
-
-lrqk::DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return lrqk::DType::kFloat32;
-    case ScalarType::BFloat16:
-      return lrqk::DType::kBFloat16;
-    case ScalarType::Half:
-      return lrqk::DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
-      return lrqk::DType::kFloat32;
-  }
-}
-
-void check(const Tensor& tensor, const char* name, int64_t dims, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be in CPU memory");
-  STD_TORCH_CHECK(tensor.dim() == dims, name, " must have ", dims, " dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
-  STD_TORCH_CHECK(tensor.size(dims - 1) <= 1 || tensor.stride(dims - 1) == 1, name,
-                  " must be contiguous in its last dimension");
-}
-
-lrqk::AquaBlocks aqua_blocks(const Tensor& blocks, int64_t block_size, int64_t stored, bool is_int8,
-                             int64_t value_offset, int64_t key_scale_offset) {
-  check(blocks, "blocks", 3, ScalarType::Byte);
-  STD_TORCH_CHECK(stored <= 512, "unsupported number of stored dimensions");
+AquaBlocks aqua_blocks(const Tensor& blocks, int64_t block_size, int64_t stored, bool is_int8, int64_t value_offset,
+                       int64_t key_scale_offset) {
+  check_cpu(blocks, "blocks", 3, ScalarType::Byte);
+  STD_TORCH_CHECK(stored <= kMaxStored, stored, " dimensions are stored, but at most ", kMaxStored, " can be");
   auto* data = static_cast<uint8_t*>(blocks.data_ptr());
   return {data, blocks.stride(0), blocks.stride(1), value_offset, key_scale_offset, block_size, stored, is_int8};
 }
 
-lrqk::AquaBasis aqua_basis(const Tensor& projection, const Tensor& sigma) {
-  check(projection, "projection", 3, ScalarType::Float);
-  check(sigma, "sigma", 2, ScalarType::Float);
+AquaBasis aqua_basis(const Tensor& projection, const Tensor& sigma) {
+  check_cpu(projection, "projection", 3, ScalarType::Float);
+  check_cpu(sigma, "sigma", 2, ScalarType::Float);
   STD_TORCH_CHECK(projection.is_contiguous() && sigma.is_contiguous(), "the basis must be contiguous");
   return {static_cast<const float*>(projection.data_ptr()), static_cast<const float*>(sigma.data_ptr())};
 }
@@ -76,11 +25,11 @@ void cpu_aqua_decode(const Tensor query, const Tensor blocks, const Tensor proje
                      const Tensor block_table, const Tensor seq_lens, double scale, int64_t keep, bool per_query_head,
                      int64_t block_size, bool is_int8, int64_t value_offset, int64_t key_scale_offset, Tensor output,
                      int64_t instruction_set) {
-  check(query, "query", 3, query.scalar_type());
-  check(block_table, "block_table", 2, ScalarType::Int);
-  check(seq_lens, "seq_lens", 1, ScalarType::Int);
-  check(output, "output", 3, query.scalar_type());
-  lrqk::AquaDecodeArgs a{};
+  check_cpu(query, "query", 3, query.scalar_type());
+  check_cpu(block_table, "block_table", 2, ScalarType::Int);
+  check_cpu(seq_lens, "seq_lens", 1, ScalarType::Int);
+  check_cpu(output, "output", 3, query.scalar_type());
+  AquaDecodeArgs a{};
   a.query = query.data_ptr();
   a.query_request_stride = query.stride(0);
   a.query_head_stride = query.stride(1);
@@ -99,20 +48,21 @@ void cpu_aqua_decode(const Tensor query, const Tensor blocks, const Tensor proje
   a.keep = keep;
   a.per_query_head = per_query_head;
   a.scale = static_cast<float>(scale);
-  a.dtype = dtype_of(query);
+  a.dtype = dtype_of<DType>(query);
   STD_TORCH_CHECK(seq_lens.size(0) == a.requests && block_table.size(0) == a.requests,
                   "query, block_table and seq_lens must agree on the number of requests");
-  STD_TORCH_CHECK(a.heads % a.kv_heads == 0 && a.heads / a.kv_heads <= 64, "unsupported number of heads");
-  table(instruction_set).decode(a, parallel());
+  check_heads(a.heads, a.kv_heads, kMaxGroup);
+  check_head_size(a.head_size, kernels_of(instruction_set));
+  kernels_of(instruction_set).aqua.decode(a, torch_threads());
 }
 
 void cpu_aqua_append(const Tensor key, const Tensor value, Tensor blocks, const Tensor projection, const Tensor sigma,
                      const Tensor slot_mapping, int64_t block_size, bool is_int8, int64_t value_offset,
                      int64_t key_scale_offset, int64_t instruction_set) {
-  check(key, "key", 3, key.scalar_type());
-  check(value, "value", 3, key.scalar_type());
-  check(slot_mapping, "slot_mapping", 1, ScalarType::Long);
-  lrqk::AquaAppendArgs a{};
+  check_cpu(key, "key", 3, key.scalar_type());
+  check_cpu(value, "value", 3, key.scalar_type());
+  check_cpu(slot_mapping, "slot_mapping", 1, ScalarType::Long);
+  AquaAppendArgs a{};
   a.key = key.data_ptr();
   a.value = value.data_ptr();
   a.key_token_stride = key.stride(0);
@@ -125,12 +75,13 @@ void cpu_aqua_append(const Tensor key, const Tensor value, Tensor blocks, const 
   a.tokens = slot_mapping.size(0);
   a.kv_heads = blocks.size(1);
   a.head_size = key.size(2);
-  a.dtype = dtype_of(key);
+  a.dtype = dtype_of<DType>(key);
   STD_TORCH_CHECK(key.size(0) >= a.tokens && value.size(0) >= a.tokens, "there are more slots than keys or values");
-  table(instruction_set).append(a, parallel());
+  kernels_of(instruction_set).aqua.append(a, torch_threads());
 }
 
 }  // namespace
+}  // namespace lrqk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
   m.def(
@@ -144,6 +95,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_lrqk, CPU, m) {
-  m.impl("cpu_aqua_decode", TORCH_BOX(&cpu_aqua_decode));
-  m.impl("cpu_aqua_append", TORCH_BOX(&cpu_aqua_append));
+  m.impl("cpu_aqua_decode", TORCH_BOX(&lrqk::cpu_aqua_decode));
+  m.impl("cpu_aqua_append", TORCH_BOX(&lrqk::cpu_aqua_append));
 }

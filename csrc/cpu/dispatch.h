@@ -4,6 +4,7 @@
 // vocabulary and compiler flags (setup.py tells them by the end of the file's name), and fill one table each.
 #pragma once
 
+#include "cpu/aqua/args.h"
 #include "cpu/args.h"
 #include "cpu/lrqk/args.h"
 
@@ -14,6 +15,10 @@ struct KernelTable {
   int vector_elements;  // the head size must be a multiple of twice this
   void (*append)(const AppendArgs&, const Parallel&);
   void (*prefill)(const PrefillArgs&, const Parallel&);
+  struct {
+    void (*decode)(const AquaDecodeArgs&, const Parallel&);
+    void (*append)(const AquaAppendArgs&, const Parallel&);
+  } aqua;
   struct {
     void (*decode)(const DecodeArgs&, const Parallel&);
     void (*seal)(const SealArgs&, const Parallel&);

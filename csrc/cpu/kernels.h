@@ -2,6 +2,8 @@
 #pragma once
 
 #include "cpu/append.h"
+#include "cpu/aqua/append.h"
+#include "cpu/aqua/decode.h"
 #include "cpu/dispatch.h"
 #include "cpu/lrqk/decode.h"
 #include "cpu/lrqk/low_rank_scorer.h"
@@ -15,6 +17,7 @@ constexpr KernelTable kKernels = {
     .vector_elements = W,
     .append = append,
     .prefill = prefill,
+    .aqua = {.decode = aqua::decode, .append = aqua::append},
     .lrqk = {.decode = decode<LowRankScorer>, .seal = seal},
 };
 

@@ -1,6 +1,5 @@
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +7,8 @@ from safetensors.torch import save_file
 
 from vllm_lrqk.core.calibration import CalibrationFile, ModelIdentity, write_calibration
 from vllm_lrqk.core.config import ConfigError
+from vllm_lrqk.core.layer import LayerPlace
+from vllm_lrqk.core.method import ModelFacts
 from vllm_lrqk.core.moments import Moments
 
 CONFIG = {
@@ -22,12 +23,12 @@ CONFIG = {
     "head_dim": 16,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
-LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 
 
 def identity(name="tiny", **changes):
-    config = SimpleNamespace(**(CONFIG | changes))
-    return ModelIdentity.of(name, config, config.num_key_value_heads, config.head_dim)
+    config = CONFIG | changes
+    heads = config["num_attention_heads"], config["num_key_value_heads"]
+    return ModelIdentity.of(ModelFacts(name, config["head_dim"], *heads, 4096, config))
 
 
 def moments(seed):
@@ -38,27 +39,36 @@ def moments(seed):
 @pytest.fixture
 def path(tmp_path):
     file = tmp_path / "new" / "tiny.safetensors"
-    write_calibration(file, identity(), {name: moments(i) for i, name in enumerate(LAYERS)}, 4096, 256)
+    write_calibration(file, identity(), {0: moments(0), 1: moments(1)}, 4096, 256)
     return file
 
 
 def test_what_is_written_is_read(path):
     file = CalibrationFile("aqua.calibration", str(path), identity("another/name"))
     assert (file.tokens, file.page_size, file.identity.name) == (4096, 256, "tiny")
-    for i, name in enumerate(LAYERS):
-        for ours, theirs in zip(vars(file.moments(name)).values(), vars(moments(i)).values()):
+    for i in range(2):
+        for ours, theirs in zip(vars(file.moments(LayerPlace(i), 2)).values(), vars(moments(i)).values()):
             assert torch.equal(ours, theirs)
-    second = file.moments(LAYERS[1], slice(1, 2))
-    assert torch.equal(second.page_value_key, moments(1).page_value_key[1:])
+
+
+@pytest.mark.parametrize(("rank", "ranks", "head"), [(0, 2, 0), (1, 2, 1), (1, 4, 0), (2, 4, 1)])
+def test_a_rank_reads_its_own_heads(path, rank, ranks, head):
+    """Two KV heads: one for each of two ranks, or one for two of four."""
+    file = CalibrationFile("aqua.calibration", str(path), identity())
+    read = file.moments(LayerPlace(1, rank, ranks), 1)
+    assert torch.equal(read.page_value_key, moments(1).page_value_key[head : head + 1])
+
+
+def test_no_partial_file_is_left(path):
     assert not path.with_name(path.name + ".partial").exists()
 
 
 def test_a_file_without_page_frames_has_the_others(tmp_path):
     path = tmp_path / "file"
-    write_calibration(path, identity(), {LAYERS[0]: moments(0)}, 10, None)
+    write_calibration(path, identity(), {0: moments(0)}, 10, None)
     file = CalibrationFile("aqua.calibration", str(path), identity())
     assert file.page_size is None
-    read = file.moments(LAYERS[0])
+    read = file.moments(LayerPlace(0), 2)
     assert torch.equal(read.query, moments(0).query) and len(read.page_key) == 0
 
 
@@ -107,5 +117,5 @@ def test_other_refusals_are_sentences(tmp_path, path):
     save_file({"a": torch.zeros(1)}, other)
     with pytest.raises(ConfigError, match="which holds 'no calibration' and not 'vllm-lrqk calibration 1': make one"):
         CalibrationFile("aqua.calibration", str(other), identity())
-    with pytest.raises(ConfigError, match=re.escape("which has nothing of model.layers.9.attn.query: make one")):
-        CalibrationFile("aqua.calibration", str(path), identity()).moments("model.layers.9.attn")
+    with pytest.raises(ConfigError, match=re.escape("which has nothing of 9.query: make one")):
+        CalibrationFile("aqua.calibration", str(path), identity()).moments(LayerPlace(9), 2)

@@ -1,35 +1,18 @@
 """A layer of AQUA with requests of given lengths, in memory that is NaN until written, and dense attention."""
 
-from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
-from vllm_lrqk.methods.aqua import attention
+from vllm_lrqk.core.step import build_step
 from vllm_lrqk.methods.aqua.basis import Basis, make_basis
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks
-from vllm_lrqk.methods.aqua.kernels import Kernels
+from vllm_lrqk.methods.aqua.kernels import TORCH, Kernels
 from vllm_lrqk.methods.aqua.layer import AquaLayer
 from vllm_lrqk.methods.aqua.settings import AquaConfig
 
 UNWRITTEN = 0xFF
 """Byte that is NaN in every floating-point type."""
-
-
-@dataclass
-class Chunk:
-    start: int
-    end: int
-    context_len: int
-    pages: torch.Tensor
-
-
-@dataclass
-class Step:
-    num_decodes: int
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    slot_mapping: torch.Tensor
-    prefill: list[Chunk] = field(default_factory=list)
 
 
 def anisotropic(*shape: int, generator: torch.Generator) -> torch.Tensor:
@@ -79,7 +62,7 @@ class Requests:
         form = BlockFormat.from_config(config, block_size, d, dtype)
         raw = torch.full((len(ids), kv_heads, form.block_bytes), UNWRITTEN, dtype=torch.uint8)
         basis = basis_of(torch.cat(self.query), torch.cat(self.key), form.stored)
-        self.layer = AquaLayer(Blocks(raw, form), basis, self.scale, config, kernels or attention.kernels())
+        self.layer = AquaLayer(Blocks(raw, form), basis, self.scale, config, kernels or TORCH)
 
     def run(self, decodes: list[tuple[int, int]], chunks: list[tuple[int, int, int]], padding: int = 0) -> torch.Tensor:
         """One step; the outputs of its tokens, [T, H, d].
@@ -92,15 +75,13 @@ class Requests:
         parts = [(r, i, i + 1) for r, i in decodes] + chunks
         width = max(len(table) for table in self.tables)
         table = torch.full((len(parts), width), self.unused, dtype=torch.int32)
-        slots, prefill, total = [], [], 0
+        slots = []
         for row, (r, first, end) in enumerate(parts):
             table[row, : len(self.tables[r])] = self.tables[r]
             position = torch.arange(first, end)
             slots.append(self.tables[r][position // self.block_size] * self.block_size + position % self.block_size)
-            if row >= len(decodes):
-                prefill.append(Chunk(total, total + end - first, first, self.tables[r]))
-            total += end - first
         slots.append(torch.full((padding,), -1))
+        starts, lens = [0, *accumulate(end - first for _, first, end in parts)], [end for _, _, end in parts]
 
         def rows(of: list[torch.Tensor]) -> torch.Tensor:
             tokens = torch.cat([of[r][first:end] for r, first, end in parts])
@@ -108,10 +89,10 @@ class Requests:
 
         query = rows(self.query)
         output = torch.full_like(query, torch.nan)
-        seq_lens = torch.tensor([end for _, _, end in parts]).int()
-        step = Step(len(decodes), seq_lens, table, torch.cat(slots).long(), prefill)
-        self.layer.forward(query, rows(self.key), rows(self.value), step, output)
-        return output[:total]
+        step = build_step(starts, lens, table, torch.tensor(lens).int(), torch.cat(slots).long(), self.block_size)
+        step.slot_mapping = torch.cat(slots).long()  # with the padding's
+        self.layer.forward(query, rows(self.key), rows(self.value), step, None, output)
+        return output[: starts[-1]]
 
     def dense(self, r: int, first: int, end: int) -> torch.Tensor:
         """Dense attention of a request's tokens in float64: [end - first, H, d]."""

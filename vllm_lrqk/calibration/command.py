@@ -115,7 +115,7 @@ def _cache_size(config: Any, window: int) -> dict[str, Any]:
 
 def calibrate(
     model: str, prompts: Iterable[list[int]], window: int, page_size: int, engine: dict[str, Any]
-) -> tuple[ModelIdentity, dict[str, Moments], list[str]]:
+) -> tuple[ModelIdentity, dict[int, Moments], list[str]]:
     """Moments of every attention layer of a model that reads the prompts one by one.
 
     Args:
@@ -124,7 +124,7 @@ def calibrate(
         engine: further arguments of `LLM`.
 
     Returns:
-        The model's identity, moments by layer name, and names of RoPE forms that page frames cannot undo.
+        The model's identity, moments by layer number, and names of RoPE forms that page frames cannot undo.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # matrices come back without being serialised

@@ -1,7 +1,7 @@
 """The calibration file: one safetensors file with the second moments of every attention layer of a model.
 
-    tensors    "LAYER.NAME", float32 [KV, d, d]: for each attention layer the tensors of `Moments`, by their names;
-               those of page frames are missing where the model's RoPE cannot be turned back
+    tensors    "NUMBER.NAME", float32 [KV, d, d]: for each attention layer, from 0, the tensors of `Moments` by their
+               names; those of page frames are missing where the model's RoPE cannot be turned back
     metadata   "format": FORMAT; "identity": the model, as JSON; "tokens", "page_size": whole numbers
 
 Both methods that use it derive their bases when they start: AQUA from "query" and "key", LRQK from the others.
@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_lrqk.core.config import ConfigError
+from vllm_lrqk.core.layer import LayerPlace
+from vllm_lrqk.core.method import ModelFacts
 from vllm_lrqk.core.moments import Moments
 
 FORMAT = "vllm-lrqk calibration 1"
@@ -47,14 +49,14 @@ class ModelIdentity:
     """Hash of the architecture's sizes."""
 
     @classmethod
-    def of(cls, name: str, text_config: Any, kv_heads: int, head_size: int) -> "ModelIdentity":
-        """From a Hugging Face text configuration."""
-        layers, heads = text_config.num_hidden_layers, text_config.num_attention_heads
-        shape = {key: getattr(text_config, key, None) for key in _SHAPE_FIELDS}
+    def of(cls, model: ModelFacts) -> "ModelIdentity":
+        """From what an engine says of its model, the same on every rank."""
+        layers, config = model.config.get("num_hidden_layers"), model.config
+        shape = {key: config.get(key) for key in _SHAPE_FIELDS}
         return cls(
-            name,
-            f"{layers} layers of {heads} query and {kv_heads} KV heads of size {head_size}",
-            _canonical(getattr(text_config, "rope_parameters", None)),
+            model.name,
+            f"{layers} layers of {model.heads} query and {model.kv_heads} KV heads of size {model.head_size}",
+            _canonical(config.get("rope_parameters")),
             hashlib.sha256(_canonical(shape).encode()).hexdigest()[:16],
         )
 
@@ -64,11 +66,12 @@ def _canonical(value: Any) -> str:
 
 
 def write_calibration(
-    path: Path, identity: ModelIdentity, layers: dict[str, Moments], tokens: int, page_size: int | None
+    path: Path, identity: ModelIdentity, layers: dict[int, Moments], tokens: int, page_size: int | None
 ) -> None:
     """Write a file in one go: what was there before is replaced when the new file is complete.
 
     Args:
+        layers: by the number of the attention layer.
         page_size: of the page frames; None: there are none, and only post-RoPE moments are written.
     """
     tensors = {}
@@ -132,17 +135,20 @@ class CalibrationFile:
                     f"but {served.name} has {theirs}: {self._remedy}"
                 )
 
-    def moments(self, layer: str, kv_heads: slice = slice(None)) -> Moments:
-        """Moments of some KV heads of a layer; those of page frames are empty where the file has none.
+    def moments(self, place: LayerPlace, kv_heads: int) -> Moments:
+        """Moments of the KV heads that a rank has of a layer; those of page frames are empty if the file has none.
 
         Raises:
             ConfigError: the file lacks the layer.
         """
         found = {}
         for item in fields(Moments):
-            name = f"{layer}.{item.name}"
+            name = f"{place.number}.{item.name}"
             if name in self._names:
-                found[item.name] = self._file.get_slice(name)[kv_heads]
+                tensor = self._file.get_slice(name)
+                # Ranks that share a KV head come to the same one.
+                first = place.rank * tensor.get_shape()[0] // place.ranks
+                found[item.name] = tensor[first : first + kv_heads]
             elif item.name.startswith("page_") and self.page_size is None:
                 found[item.name] = found["key"][:0]
             else:

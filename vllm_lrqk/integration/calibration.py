@@ -14,6 +14,8 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm_lrqk.core.calibration import ModelIdentity
 from vllm_lrqk.core.moments import MomentSums
 from vllm_lrqk.core.rotary import RotaryTable
+from vllm_lrqk.integration.checks import model_facts
+from vllm_lrqk.integration.compat import layer_number
 
 FIXED_FREQUENCIES = (
     "RotaryEmbedding",
@@ -24,12 +26,6 @@ FIXED_FREQUENCIES = (
     "YaRNScalingRotaryEmbedding",
 )
 """vLLM's RoPE classes whose angles are proportional to one position."""
-
-
-def model_identity(vllm_config: Any) -> ModelIdentity:
-    """Of the model that an engine serves, the same on every rank."""
-    model = vllm_config.model_config
-    return ModelIdentity.of(model.model, model.hf_text_config, model.get_total_num_kv_heads(), model.get_head_size())
 
 
 def rotary_module(model: nn.Module, layer_name: str) -> nn.Module | None:
@@ -72,13 +68,13 @@ class CalibrationExtension:
             sums = MomentSums(layer.num_kv_heads, layer.head_size, page_size, table, device)
             self._moment_sums[layer.layer_name] = sums
             self._hooks.append(layer.register_forward_pre_hook(self._count_tokens))
-        return {"identity": model_identity(self.vllm_config), "refused": sorted(refused)}  # type: ignore[attr-defined]
+        return {"identity": ModelIdentity.of(model_facts(self.vllm_config)), "refused": sorted(refused)}  # type: ignore[attr-defined]
 
-    def finish_calibration(self) -> dict[str, dict[str, tuple[torch.Tensor, float]]]:
-        """What this rank summed up, by layer; the hooks are removed."""
+    def finish_calibration(self) -> dict[int, dict[str, tuple[torch.Tensor, float]]]:
+        """What this rank summed up, by the number of the layer; the hooks are removed."""
         for hook in self._hooks:
             hook.remove()
-        return {name: sums.sums() for name, sums in self._moment_sums.items()}
+        return {layer_number(name): sums.sums() for name, sums in self._moment_sums.items()}
 
     def _keep_positions(self, model: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
         self._positions = named["positions"]

@@ -7,6 +7,7 @@
 
 namespace lrqk {
 namespace LRQK_ISA {
+namespace aqua {
 
 template <class T>
 inline void append_token(const AquaAppendArgs& a, int64_t token, int64_t kv_head, float* projected) {
@@ -54,5 +55,6 @@ inline void append(const AquaAppendArgs& a, const Parallel& parallel) {
   });
 }
 
+}  // namespace aqua
 }  // namespace LRQK_ISA
 }  // namespace lrqk

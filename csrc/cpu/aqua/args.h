@@ -7,13 +7,15 @@
 
 namespace lrqk {
 
+constexpr int64_t kMaxStored = 512;  // dimensions of a key
+
 // The blocks of one layer; vllm_lrqk/methods/aqua/format.py owns these numbers.
 struct AquaBlocks {
-  uint8_t* data;              // [num_blocks, KV, block bytes]
-  int64_t block_stride;       // bytes
-  int64_t head_stride;        // bytes
-  int64_t value_offset;       // bytes; the keys [s, N] are at 0, the values [N, d] here
-  int64_t key_scale_offset;   // bytes; [N] float, of int8 keys
+  uint8_t* data;             // [num_blocks, KV, block bytes]
+  int64_t block_stride;      // bytes
+  int64_t head_stride;       // bytes
+  int64_t value_offset;      // bytes; the keys [s, N] are at 0, the values [N, d] here
+  int64_t key_scale_offset;  // bytes; [N] float, of int8 keys
   int64_t block_size, stored;
   bool is_int8;  // keys; else as values
 };
@@ -50,17 +52,5 @@ struct AquaAppendArgs {
   int64_t tokens, kv_heads, head_size;
   DType dtype;  // of key and value
 };
-
-struct AquaKernelTable {
-  void (*decode)(const AquaDecodeArgs&, const Parallel&);
-  void (*append)(const AquaAppendArgs&, const Parallel&);
-};
-
-extern const AquaKernelTable kAquaAvx512Kernels;
-extern const AquaKernelTable kAquaAvx2Kernels;
-extern const AquaKernelTable kAquaPortableKernels;
-
-// In the order of cpu/dispatch.h; null where the machine, or the build, lacks the instruction set.
-const AquaKernelTable* aqua_kernel_table(int index);
 
 }  // namespace lrqk

@@ -9,10 +9,11 @@
 
 namespace lrqk {
 namespace LRQK_ISA {
+namespace aqua {
 
 constexpr int64_t kRangeTokens = 2048;
 
-struct AquaItem {
+struct Item {
   int64_t request, kv_head, length;
   int64_t first_range, ranges;  // among those of all items
   Dimensions dims;
@@ -21,7 +22,7 @@ struct AquaItem {
 inline int64_t range_blocks(const AquaDecodeArgs& a) { return max<int64_t>(1, kRangeTokens / a.blocks.block_size); }
 
 template <class T>
-inline void prepare_item(const AquaDecodeArgs& a, AquaItem& item) {
+inline void prepare_item(const AquaDecodeArgs& a, Item& item) {
   const int group = static_cast<int>(a.heads / a.kv_heads);
   const int64_t stored = a.blocks.stored;
   float* projected = static_cast<float*>(scratch(Scratch::kTask, group * stored * sizeof(float)));
@@ -35,11 +36,11 @@ inline void prepare_item(const AquaDecodeArgs& a, AquaItem& item) {
   if (a.blocks.is_int8) quantize_query(group, item.dims);
 }
 
-// Scores of the first `count` tokens of a block become weights 2^(score - highest), those of its other places 0; keep
-// [G] is what earlier sums have to be multiplied with.
+// Scores of the first `count` tokens of a block become weights 2^(score - m), those of its other places 0;
+// rescale [G] is what earlier sums have to be multiplied with.
 template <class K>
 inline void weigh_block(const K* keys, const float* key_scale, const Dimensions& dims, int group, int64_t block_size,
-                        int64_t count, float* place_scale, float* scores, float* keep, const Partial& out) {
+                        int64_t count, float* place_scale, float* scores, float* rescale, const Partial& out) {
   const int64_t places = ceil_div(count, 2 * W) * (2 * W);
   if (key_scale) {
     for (int64_t i = 0; i < places; ++i) place_scale[i] = key_scale[token_at(keys, i)];
@@ -53,32 +54,32 @@ inline void weigh_block(const K* keys, const float* key_scale, const Dimensions&
     for (int64_t i = count / (2 * W) * (2 * W); i < places; ++i) {
       if (token_at(keys, i) >= count) s[i] = kMasked;
     }
-    F top = set(out.highest[g]);
+    F top = set(out.m[g]);
     for (int64_t i = 0; i < places; i += W) top = max(top, load(s + i));
-    const float highest = reduce_max(top);
+    const float m = reduce_max(top);
     F total = zero();
     for (int64_t i = 0; i < places; i += W) {
-      const F weight = exp2(sub(load(s + i), set(highest)));
+      const F weight = exp2(sub(load(s + i), set(m)));
       store(s + i, weight);
       total = add(total, weight);
     }
     alignas(64) float ratio[W];
-    store(ratio, exp2(set(out.highest[g] - highest)));
-    keep[g] = ratio[0];
-    out.sum[g] = out.sum[g] * keep[g] + reduce_sum(total);
-    out.highest[g] = highest;
+    store(ratio, exp2(set(out.m[g] - m)));
+    rescale[g] = ratio[0];
+    out.l[g] = out.l[g] * rescale[g] + reduce_sum(total);
+    out.m[g] = m;
   }
 }
 
 template <class T, class K>
-inline void attend_range(const AquaDecodeArgs& a, const AquaItem& item, int64_t range, const Partial& out) {
+inline void attend_range(const AquaDecodeArgs& a, const Item& item, int64_t range, const Partial& out) {
   const int group = static_cast<int>(a.heads / a.kv_heads);
   const int64_t n = a.blocks.block_size, d = a.head_size;
   Carver carver(scratch(Scratch::kTask, (group * (n + kChunkRows) + n + 64 * 4) * sizeof(float)));
   float* scores = carver.take<float>(group * n);
   float* place_scale = carver.take<float>(n);
   float* weights = carver.take<float>(group * kChunkRows);
-  float keep[kMaxGroup], ones[kMaxGroup];
+  float rescale[kMaxGroup], ones[kMaxGroup];
   for (int g = 0; g < group; ++g) ones[g] = 1.0f;
   clear(out, group, d);
   const int32_t* table = a.block_table + item.request * a.block_table_stride;
@@ -95,7 +96,7 @@ inline void attend_range(const AquaDecodeArgs& a, const AquaItem& item, int64_t 
     score_block(keys, later, n, item.dims, group, count, scores);
     const float* key_scale =
         a.blocks.is_int8 ? reinterpret_cast<const float*>(block + a.blocks.key_scale_offset) : nullptr;
-    weigh_block(keys, key_scale, item.dims, group, n, count, place_scale, scores, keep, out);
+    weigh_block(keys, key_scale, item.dims, group, n, count, place_scale, scores, rescale, out);
     const T* values = reinterpret_cast<const T*>(block + a.blocks.value_offset);
     const int64_t places = ceil_div(count, 2 * W) * (2 * W);
     for (int64_t place = 0; place < places; place += kChunkRows) {
@@ -109,10 +110,11 @@ inline void attend_range(const AquaDecodeArgs& a, const AquaItem& item, int64_t 
       for (int g = 0; g < group; ++g) {
         std::memcpy(weights + g * kChunkRows, scores + g * n + place, here * sizeof(float));
       }
-      add_rows<T>(rows, place + kChunkRows < places ? next : nullptr, here, weights, place == 0 ? keep : ones, group, d, out.output);
+      add_rows<T>(rows, place + kChunkRows < places ? next : nullptr, here, weights, place == 0 ? rescale : ones, group,
+                  d, out.acc);
     }
   }
-  to_natural_order<T>(out.output, group, d);
+  to_natural_order<T>(out.acc, group, d);
 }
 
 inline void decode(const AquaDecodeArgs& a, const Parallel& parallel) {
@@ -123,11 +125,11 @@ inline void decode(const AquaDecodeArgs& a, const Parallel& parallel) {
     return ceil_div(ceil_div(a.seq_lens[request], a.blocks.block_size), range_blocks(a));
   };
   for (int64_t b = 0; b < a.requests; ++b) num_ranges += ranges_of(b) * a.kv_heads;
-  AquaItem* items = nullptr;
+  Item* items = nullptr;
   Partial* partials = nullptr;
   int64_t* owners = nullptr;
   const auto carve_all = [&](Carver& carver) {
-    items = carver.take<AquaItem>(num_items);
+    items = carver.take<Item>(num_items);
     partials = carver.take<Partial>(num_ranges);
     owners = carver.take<int64_t>(num_ranges);
     int64_t range = 0;
@@ -139,7 +141,8 @@ inline void decode(const AquaDecodeArgs& a, const Parallel& parallel) {
         items[i] = {request, i % a.kv_heads, a.seq_lens[request], range, ranges, dims};
       }
       for (int64_t end = range + ranges; range < end; ++range) {
-        const Partial partial{carver.take<float>(group), carver.take<float>(group), carver.take<float>(group * a.head_size)};
+        const Partial partial{carver.take<float>(group), carver.take<float>(group),
+                              carver.take<float>(group * a.head_size)};
         if (carver.is_counting()) continue;
         partials[range] = partial;
         owners[range] = i;
@@ -154,12 +157,12 @@ inline void decode(const AquaDecodeArgs& a, const Parallel& parallel) {
     using T = typename decltype(tag)::type;
     for_each(parallel, num_items, [&](int64_t i) { prepare_item<T>(a, items[i]); });
     for_each(parallel, num_ranges, [&](int64_t i) {
-      const AquaItem& item = items[owners[i]];
+      const Item& item = items[owners[i]];
       const auto attend = a.blocks.is_int8 ? attend_range<T, i8> : attend_range<T, T>;
       attend(a, item, i - item.first_range, partials[i]);
     });
     for_each(parallel, num_items, [&](int64_t i) {
-      const AquaItem& item = items[i];
+      const Item& item = items[i];
       float* total = static_cast<float*>(scratch(Scratch::kTask, a.head_size * sizeof(float)));
       T* out = static_cast<T*>(a.output) + item.request * a.output_request_stride +
                item.kv_head * group * a.output_head_stride;
@@ -169,5 +172,6 @@ inline void decode(const AquaDecodeArgs& a, const Parallel& parallel) {
   });
 }
 
+}  // namespace aqua
 }  // namespace LRQK_ISA
 }  // namespace lrqk

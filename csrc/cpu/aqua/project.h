@@ -6,8 +6,7 @@
 
 namespace lrqk {
 namespace LRQK_ISA {
-
-constexpr int kMaxStored = 512;
+namespace aqua {
 
 inline const float* projection_of(const AquaBasis& basis, int64_t kv_head, int64_t head_size, int64_t stored) {
   return basis.projection + kv_head * head_size * stored;
@@ -42,11 +41,11 @@ inline void choose(const float* size, int64_t stored, int64_t keep, bool* is_cho
 
 // The dimensions that a group of query heads reads.
 struct Dimensions {
-  float* query;      // [count, G], scaled for scores in units of log 2; zero where a head does not use a dimension
-  int32_t* index;    // [count], ascending
-  int32_t* pairs;    // int8 keys: [count / 2, G], two int16 of the query divided by `step`
-  float* step;       // int8 keys: [G]
-  int count;         // int8 keys: even
+  float* query;    // [count, G], scaled for scores in units of log 2; zero where a head does not use a dimension
+  int32_t* index;  // [count], ascending
+  int32_t* pairs;  // int8 keys: [count / 2, G], two int16 of the query divided by `step`
+  float* step;     // int8 keys: [G]
+  int count;       // int8 keys: even
 };
 
 inline int64_t max_count(int64_t stored) { return stored + stored % 2; }
@@ -102,11 +101,13 @@ inline void quantize_query(int group, Dimensions& out) {
       return static_cast<int32_t>(__builtin_rintf(out.query[i * group + g] / out.step[g]));
     };
     for (int i = 0; i < out.count; i += 2) {
-      const uint32_t word = (static_cast<uint32_t>(rounded(i)) & 0xffff) | (static_cast<uint32_t>(rounded(i + 1)) << 16);
+      const uint32_t word =
+          (static_cast<uint32_t>(rounded(i)) & 0xffff) | (static_cast<uint32_t>(rounded(i + 1)) << 16);
       out.pairs[i / 2 * group + g] = static_cast<int32_t>(word);
     }
   }
 }
 
+}  // namespace aqua
 }  // namespace LRQK_ISA
 }  // namespace lrqk

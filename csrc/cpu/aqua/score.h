@@ -8,6 +8,7 @@
 
 namespace lrqk {
 namespace LRQK_ISA {
+namespace aqua {
 
 constexpr int kTilePairs = kColumnPairs;  // registers of keys, by two, that one pass over the dimensions fills
 constexpr int kTileTokens = kTilePairs * 2 * W;
@@ -53,8 +54,8 @@ inline void score_tile(const T* keys, const T* later, int64_t block_size, const 
 
 // The same for int8 keys: integer sums, which still want the token's scale and the head's step. Here `query` is pairs.
 template <int B, int kPairs>
-inline void score_tile(const i8* keys, const i8* later, int64_t block_size, const Dimensions& dims, const int32_t* query,
-                       int group, float* scores) {
+inline void score_tile(const i8* keys, const i8* later, int64_t block_size, const Dimensions& dims,
+                       const int32_t* query, int group, float* scores) {
   I acc[B][2 * kPairs];
   LRQK_UNROLL
   for (int g = 0; g < B; ++g) {
@@ -126,5 +127,6 @@ inline int64_t token_at(const K* keys, int64_t place) {
 }
 inline int64_t token_at(const i8*, int64_t place) { return token_at(static_cast<const bf16*>(nullptr), place); }
 
+}  // namespace aqua
 }  // namespace LRQK_ISA
 }  // namespace lrqk

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages import relative
 
-from vllm_lrqk.methods.aqua import attention, cpu
+from vllm_lrqk.methods.aqua import cpu
+from vllm_lrqk.methods.aqua.kernels import TORCH
 from vllm_lrqk.methods.aqua.settings import AquaConfig
 
 INSTRUCTION_SETS = cpu.instruction_sets()
@@ -21,7 +22,7 @@ QUERY_STEPS = 1e-4
 
 def both(name, lengths, config, **shape):
     """The same requests with the kernels of an instruction set and in plain torch."""
-    return [Requests(lengths, config, kernels=kernels, **shape) for kernels in (cpu.kernels(name), attention.kernels())]
+    return [Requests(lengths, config, kernels=kernels, **shape) for kernels in (cpu.kernels(name), TORCH)]
 
 
 def fill(requests, lengths):

@@ -9,7 +9,6 @@ import torch
 from vllm_lrqk.core.prefill import TILE_TOKENS, _flash, merge
 from vllm_lrqk.methods.aqua.basis import Basis
 from vllm_lrqk.methods.aqua.format import Blocks
-from vllm_lrqk.methods.aqua.kernels import Kernels
 from vllm_lrqk.methods.aqua.settings import AquaConfig
 
 
@@ -136,8 +135,3 @@ def _rows(blocks: Blocks, basis: Basis, pages: torch.Tensor, start: int, end: in
 def _pad(vectors: torch.Tensor, size: int) -> torch.Tensor:
     """[..., s] with zeros up to `size`: attention kernels want keys as wide as values."""
     return torch.nn.functional.pad(vectors, (0, size - vectors.shape[-1]))
-
-
-def kernels() -> Kernels:
-    """The plain torch forms."""
-    return Kernels("torch", append, prefill_attention, decode_attention)

@@ -4,15 +4,13 @@ from functools import partial
 
 import torch
 
-from vllm_lrqk.methods.aqua import attention
 from vllm_lrqk.methods.aqua.basis import Basis
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks
-from vllm_lrqk.methods.aqua.kernels import Kernels
+from vllm_lrqk.methods.aqua.kernels import TORCH, Kernels
 from vllm_lrqk.methods.aqua.settings import AquaConfig
-from vllm_lrqk.methods.lrqk.cpu import INSTRUCTION_SETS, instruction_sets
+from vllm_lrqk.methods.lrqk.cpu import _DTYPES, _VECTOR_ELEMENTS, INSTRUCTION_SETS, _int32, instruction_sets
 
-_VECTOR_ELEMENTS = {"avx512": 16, "avx2": 8, "portable": 4}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_STORED = 512
 
 
 def kernels(name: str | None = None) -> Kernels:
@@ -23,18 +21,20 @@ def kernels(name: str | None = None) -> Kernels:
     """
     available = instruction_sets()
     if name is None and not available:
-        return attention.kernels()
+        return TORCH
     if name is not None and name not in available:
         raise ValueError(f"CPU kernels {name!r} cannot run here; available: {', '.join(available) or 'none'}.")
     names = available[available.index(name) if name else 0 :]
     return Kernels(
-        f"cpu-{names[0]}", partial(_append, names), attention.prefill_attention, partial(_decode_attention, names)
+        f"cpu-{names[0]}", partial(_append, names), TORCH.prefill_attention, partial(_decode_attention, names)
     )
 
 
 def _pick(names: tuple[str, ...], block_format: BlockFormat) -> int | None:
     """Index of the first instruction set whose vectors divide blocks, values and stored dimensions."""
     f = block_format
+    if f.stored > _MAX_STORED:
+        return None
     for name in names:
         width = _VECTOR_ELEMENTS[name]
         if f.block_size % (2 * width) == f.head_size % (2 * width) == f.stored % width == 0:
@@ -57,7 +57,7 @@ def _append(
 ) -> None:
     index = _pick(names, blocks.format)
     if index is None or not key.dtype == value.dtype == blocks.format.value_dtype or key.dtype not in _DTYPES:
-        return attention.append(key, value, blocks, basis, slot_mapping)
+        return TORCH.append(key, value, blocks, basis, slot_mapping)
     return torch.ops.vllm_lrqk.cpu_aqua_append(
         key,
         value,
@@ -83,7 +83,7 @@ def _decode_attention(
 ) -> None:
     index = _pick(names, blocks.format)
     if index is None or not query.dtype == output.dtype == blocks.format.value_dtype or query.dtype not in _DTYPES:
-        return attention.decode_attention(query, blocks, basis, block_table, seq_lens, scale, config, output)
+        return TORCH.decode_attention(query, blocks, basis, block_table, seq_lens, scale, config, output)
     return torch.ops.vllm_lrqk.cpu_aqua_decode(
         query,
         blocks.raw,
@@ -98,10 +98,3 @@ def _decode_attention(
         output,
         index,
     )
-
-
-def _int32(tensor: torch.Tensor) -> torch.Tensor:
-    """The last dimension is contiguous."""
-    if tensor.dtype == torch.int32 and tensor.stride(-1) == 1:
-        return tensor
-    return tensor.to(torch.int32).contiguous()

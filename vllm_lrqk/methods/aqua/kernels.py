@@ -1,9 +1,9 @@
-"""The kernels of each device, behind one table."""
+"""What computes the steps of a layer, behind one table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+from vllm_lrqk.methods.aqua.attention import append, decode_attention, prefill_attention
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,5 @@ class Kernels:
     decode_attention: Callable[..., None]
 
 
-def kernels_for(device: torch.device) -> Kernels:
-    """The best kernels of this device."""
-    if device.type == "cpu":
-        from vllm_lrqk.methods.aqua import cpu
-
-        return cpu.kernels()
-    from vllm_lrqk.methods.aqua import attention
-
-    return attention.kernels()
+TORCH = Kernels("torch", append, prefill_attention, decode_attention)
+"""The plain torch forms."""

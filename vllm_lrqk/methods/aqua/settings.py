@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from vllm_lrqk.core.config import Settings
 
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
 DIMENSION_STEP = 4
 """Stored dimensions come in fours, the keys that an int8 dot product instruction takes at a time."""
 
@@ -30,6 +31,8 @@ class AquaConfig(Settings):
     """Share of the dimensions that the cache holds, the leading ones; below 1 prefill is approximate as well."""
     key_dtype: str = field(default="auto", metadata={"choices": ("auto", "int8")})
     """Storage type of projected keys; "auto": the model's."""
+    block_size: int = field(default=128, metadata={"choices": BLOCK_SIZES})
+    """Tokens per block (vLLM's block size)."""
 
     def num_stored(self, head_size: int) -> int:
         """Dimensions that the cache holds, a multiple of DIMENSION_STEP."""
