@@ -29,6 +29,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_lrqk.methods.lrqk.calibrated_basis import CalibratedBasis
+
 ALIGNMENT = 64
 
 
@@ -102,14 +104,15 @@ class CalibratedFormat:
 
 
 class CalibratedPages:
-    """Typed views into the factor pages of one layer.
+    """Typed views into the factor pages of one layer, and the basis that they are in.
 
     Args:
         raw: uint8 [num_pages, kv_heads, page_bytes]; the last dimension contiguous.
         page_format: the format of each page.
+        basis: of `page_format.rank` columns.
     """
 
-    def __init__(self, raw: torch.Tensor, page_format: CalibratedFormat) -> None:
+    def __init__(self, raw: torch.Tensor, page_format: CalibratedFormat, basis: CalibratedBasis) -> None:
         f = page_format
         if raw.dtype != torch.uint8 or raw.shape[-1] != f.page_bytes or raw.stride(-1) != 1:
             raise ValueError(
@@ -117,6 +120,7 @@ class CalibratedPages:
             )
         self.raw = raw
         self.format = f
+        self.basis = basis
 
         def view(start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
             return raw[..., start : start + length * dtype.itemsize].view(dtype)
@@ -165,3 +169,9 @@ class CalibratedPages:
     def value_projection(self, pages: torch.Tensor) -> torch.Tensor:
         """Value maps W of some pages: int8 [*pages.shape, kv_heads, rank, head_size], a copy."""
         return torch.cat(unpack_int4(self.packed_value_projection[pages]), -1)
+
+    def value_map(self, pages: torch.Tensor) -> torch.Tensor:
+        """What a step of each column of A adds to a value: float32 [*pages.shape, kv_heads, rank, head_size]."""
+        if self.format.has_value_map:
+            return self.value_projection(pages).float() * self.value_scale[pages].float()[..., None]
+        return self.basis.value * self.scale[pages].float()[..., None]

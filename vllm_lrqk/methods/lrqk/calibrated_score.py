@@ -1,18 +1,17 @@
-"""Proxy scores and residual values through calibrated factors: the plain torch form.
+"""Proxy scores through calibrated factors: the plain torch form.
 
 Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, N page tokens, P pages, r columns.
 """
 
 import torch
 
-from vllm_lrqk.methods.lrqk.calibrated_basis import CalibratedBasis
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 
 
-def proxy_scores(
-    query: torch.Tensor, factors: CalibratedPages, basis: CalibratedBasis, block_table: torch.Tensor, scale: float
+def calibrated_scores(
+    query: torch.Tensor, factors: CalibratedPages, block_table: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Scores s~ of every token of the given pages.
+    """Proxy scores s~ of every token of the given pages.
 
     Args:
         query: [B, H, d].
@@ -23,15 +22,10 @@ def proxy_scores(
     """
     kv_heads, pages = factors.raw.shape[1], block_table.long()
     first_positions = torch.arange(pages.shape[1], device=pages.device) * factors.format.page_size
-    framed = basis.rotary.rotate(query.float()[:, :, None] * scale, first_positions, backwards=True)  # [B, H, P, d]
-    projected = framed.unflatten(1, (kv_heads, -1)).transpose(2, 3) @ basis.query[:, None]  # [B, KV, P, G, r]
+    framed = factors.basis.rotary.rotate(
+        query.float()[:, :, None] * scale, first_positions, backwards=True
+    )  # [B, H, P, d]
+    projected = framed.unflatten(1, (kv_heads, -1)).transpose(2, 3) @ factors.basis.query[:, None]  # [B, KV, P, G, r]
     projected = projected * factors.scale[pages].transpose(1, 2)[:, :, :, None].float()
     scores = projected @ factors.key_factor(pages).transpose(1, 2).float().mT  # [B, KV, P, G, N]
     return scores.transpose(2, 3).flatten(1, 2)
-
-
-def value_maps(factors: CalibratedPages, basis: CalibratedBasis, pages: torch.Tensor) -> torch.Tensor:
-    """What one step of each column of the key factor adds to a value: float32 [*pages.shape, KV, r, d]."""
-    if factors.format.has_value_map:
-        return factors.value_projection(pages).float() * factors.value_scale[pages].float()[..., None]
-    return basis.value * factors.scale[pages].float()[..., None]

@@ -5,9 +5,8 @@ A page is a function of its tokens alone: neither the queries at hand nor the cu
 
 import torch
 
-from vllm_lrqk.methods.lrqk.calibrated_basis import CalibratedBasis
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages, pack_int4
-from vllm_lrqk.methods.lrqk.seal import value_regression
+from vllm_lrqk.methods.lrqk.values import value_regression
 
 
 def seal_pages(
@@ -15,7 +14,6 @@ def seal_pages(
     first_positions: torch.Tensor,
     host: torch.Tensor,
     factors: CalibratedPages,
-    basis: CalibratedBasis,
 ) -> None:
     """Factorise full pages and write their factor pages.
 
@@ -24,7 +22,7 @@ def seal_pages(
         first_positions: int64 [M], position of each page's first token in its request.
         host: [num_pages, kv_heads, N, 2, d], the layer's host pages (keys at 0, values at 1).
     """
-    f = factors.format
+    f, basis = factors.format, factors.basis
     rows = host[pages].float()
     key, value = rows[..., 0, :], rows[..., 1, :]  # [M, KV, N, d]
     framed = basis.rotary.rotate(key, first_positions[:, None, None], backwards=True)
