@@ -14,6 +14,7 @@ from vllm_lrqk.calibration.command import calibrate, main
 from vllm_lrqk.calibration.texts import standard_library, windows
 from vllm_lrqk.core.calibration import CalibrationFile, ModelIdentity
 from vllm_lrqk.core.config import ConfigError
+from vllm_lrqk.core.rotary import RotaryTable
 
 ENGINE = {"dtype": "float32", "kv_cache_memory_bytes": 16 * MIB, "skip_tokenizer_init": True}
 
@@ -67,10 +68,12 @@ def test_an_engine_gives_the_moments_of_its_layers_every_time(models, tmp_path):
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 512, (count,), generator=generator).tolist() for count in (100, 63)]
     found = [calibrate(str(folder), prompts, 128, 32, ENGINE) for _ in range(2)]
-    _, layers, refused = found[0]
-    assert refused == [] and list(layers) == [0, 1]
+    layers, frames = found[0].layers, found[0].frames
+    assert found[0].refused == [] and frames is not None and frames.cos.shape == (65536 // 32, 32)
+    torch.testing.assert_close(frames.cos[5], RotaryTable.from_base(1e4, 64, 256).cos[160], atol=1e-5, rtol=0)
+    assert list(layers) == [0, 1]
     for name in layers:
-        for ours, theirs in zip(vars(found[0][1][name]).values(), vars(found[1][1][name]).values()):
+        for ours, theirs in zip(vars(layers[name]).values(), vars(found[1].layers[name]).values()):
             assert torch.equal(ours, theirs)
 
     # The same model in transformers: keys after RoPE, of the first layer, in both frames.

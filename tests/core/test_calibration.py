@@ -10,7 +10,9 @@ from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.layer import LayerPlace
 from vllm_lrqk.core.method import ModelFacts
 from vllm_lrqk.core.moments import Moments
+from vllm_lrqk.core.rotary import RotaryTable
 
+FRAMES = RotaryTable.from_base(1e4, 16, 1024).every(256)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -39,13 +41,14 @@ def moments(seed):
 @pytest.fixture
 def path(tmp_path):
     file = tmp_path / "new" / "tiny.safetensors"
-    write_calibration(file, identity(), {0: moments(0), 1: moments(1)}, 4096, 256)
+    write_calibration(file, identity(), {0: moments(0), 1: moments(1)}, 4096, 256, FRAMES)
     return file
 
 
 def test_what_is_written_is_read(path):
     file = CalibrationFile("aqua.calibration", str(path), identity("another/name"))
     assert (file.tokens, file.page_size, file.identity.name) == (4096, 256, "tiny")
+    assert file.frames is not None and file.frames.equals(FRAMES)
     for i in range(2):
         for ours, theirs in zip(vars(file.moments(LayerPlace(i), 2)).values(), vars(moments(i)).values()):
             assert torch.equal(ours, theirs)
@@ -65,9 +68,9 @@ def test_no_partial_file_is_left(path):
 
 def test_a_file_without_page_frames_has_the_others(tmp_path):
     path = tmp_path / "file"
-    write_calibration(path, identity(), {0: moments(0)}, 10, None)
+    write_calibration(path, identity(), {0: moments(0)}, 10, 256, None)
     file = CalibrationFile("aqua.calibration", str(path), identity())
-    assert file.page_size is None
+    assert file.frames is None
     read = file.moments(LayerPlace(0), 2)
     assert torch.equal(read.query, moments(0).query) and len(read.page_key) == 0
 

@@ -44,6 +44,12 @@ def test_dimensions_beyond_the_rotary_ones_stay():
     assert not torch.equal(turned[1:, :32], vectors[1:, :32])
 
 
+def test_every_so_many_positions_are_a_table():
+    vectors = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    some = table().every(64)
+    assert torch.equal(some.rotate(vectors, torch.arange(7)), table().rotate(vectors, 64 * torch.arange(7)))
+
+
 def test_the_table_of_a_base_is_the_one_of_its_frequencies():
     ours, theirs = RotaryTable.from_base(1e4, 32, 600), table()
     torch.testing.assert_close(ours.cos, theirs.cos)

@@ -17,8 +17,8 @@ def calibration_of(model):
     if not path.exists():
         prompts = [prompt["prompt_token_ids"] for prompt in token_prompts([256, 100], seed=5)]
         settings = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 16 * MIB}
-        identity, layers, _ = calibrate(str(model), prompts, 256, 64, settings)
-        write_calibration(path, identity, layers, 356, 64)
+        found = calibrate(str(model), prompts, 256, 64, settings)
+        write_calibration(path, found.identity, found.layers, 356, 64, found.frames)
     return str(path)
 
 

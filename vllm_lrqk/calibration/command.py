@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,25 @@ from vllm_lrqk.calibration.texts import read_texts, windows
 from vllm_lrqk.core.calibration import ModelIdentity, write_calibration
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.moments import Moments, mean_moments
+from vllm_lrqk.core.rotary import RotaryTable
 
 WINDOW = 4096
 """Tokens of a text that is read at once: what is long enough for positions to matter, and short enough to be quick."""
 SPARE_TOKENS = 2048
 """Of the cache beside a window: the null block and one that fills, whatever their size."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a run over the text found."""
+
+    identity: ModelIdentity
+    layers: dict[int, Moments]
+    """By the number of the attention layer."""
+    frames: RotaryTable | None
+    """Of pages; None where the RoPE cannot be turned back."""
+    refused: list[str]
+    """Names of such forms of RoPE."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -89,16 +104,16 @@ def _run(arguments: argparse.Namespace) -> None:
     prompts = windows(read_texts(arguments.text), encode, arguments.tokens, window)
     engine = {"dtype": arguments.dtype, **_cache_size(config, window), **arguments.engine}
     try:
-        identity, layers, refused = calibrate(arguments.model, prompts, window, page_size, engine)
+        found = calibrate(arguments.model, prompts, window, page_size, engine)
     except ValueError as error:
         errors = error.errors() if hasattr(error, "errors") else []
         raise ConfigError(f"vLLM: {errors[0]['msg'] if errors else error}") from error
-    write_calibration(arguments.output, identity, layers, arguments.tokens, None if refused else page_size)
-    if refused:
-        forms = ", ".join(refused)
+    write_calibration(arguments.output, found.identity, found.layers, arguments.tokens, page_size, found.frames)
+    if found.refused:
+        forms = ", ".join(found.refused)
         print(f"LRQK cannot use {arguments.output}: keys cannot be rotated back with {forms}. AQUA can.")
     megabytes = arguments.output.stat().st_size / 1e6
-    print(f"{len(layers)} layers, {arguments.tokens} tokens: {arguments.output} ({megabytes:.1f} MB).")
+    print(f"{len(found.layers)} layers, {arguments.tokens} tokens: {arguments.output} ({megabytes:.1f} MB).")
 
 
 def _cache_size(config: Any, window: int) -> dict[str, Any]:
@@ -115,16 +130,13 @@ def _cache_size(config: Any, window: int) -> dict[str, Any]:
 
 def calibrate(
     model: str, prompts: Iterable[list[int]], window: int, page_size: int, engine: dict[str, Any]
-) -> tuple[ModelIdentity, dict[int, Moments], list[str]]:
+) -> Calibrated:
     """Moments of every attention layer of a model that reads the prompts one by one.
 
     Args:
         prompts: token ids, at most `window` each.
         page_size: tokens per page of the page frames.
         engine: further arguments of `LLM`.
-
-    Returns:
-        The model's identity, moments by layer number, and names of RoPE forms that page frames cannot undo.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # matrices come back without being serialised
@@ -152,4 +164,4 @@ def calibrate(
     finally:
         llm.llm_engine.engine_core.shutdown()
     layers = {name: mean_moments([rank[name] for rank in ranks], kv_heads) for name in ranks[0]}
-    return started["identity"], layers, started["refused"]
+    return Calibrated(started["identity"], layers, started["frames"], started["refused"])

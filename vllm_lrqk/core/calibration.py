@@ -1,8 +1,13 @@
 """The calibration file: one safetensors file with the second moments of every attention layer of a model.
 
     tensors    "NUMBER.NAME", float32 [KV, d, d]: for each attention layer, from 0, the tensors of `Moments` by their
-               names; those of page frames are missing where the model's RoPE cannot be turned back
-    metadata   "format": FORMAT; "identity": the model, as JSON; "tokens", "page_size": whole numbers
+               names
+               "frames.cos", "frames.sin", float32 [pages, rotary_dim / 2]: the RoPE of the first position of each page,
+               as far as the model's context goes
+    metadata   "format": FORMAT; "identity": the model, as JSON; "tokens", "page_size": whole numbers;
+               "is_neox_style": of the frames, true or false
+
+Where the model's RoPE cannot be turned back, there are no frames and no moments in them.
 
 Both methods that use it derive their bases when they start: AQUA from "query" and "key", LRQK from the others.
 """
@@ -20,6 +25,7 @@ from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.layer import LayerPlace
 from vllm_lrqk.core.method import ModelFacts
 from vllm_lrqk.core.moments import Moments
+from vllm_lrqk.core.rotary import RotaryTable
 
 FORMAT = "vllm-lrqk calibration 1"
 _SHAPE_FIELDS = (
@@ -66,22 +72,29 @@ def _canonical(value: Any) -> str:
 
 
 def write_calibration(
-    path: Path, identity: ModelIdentity, layers: dict[int, Moments], tokens: int, page_size: int | None
+    path: Path,
+    identity: ModelIdentity,
+    layers: dict[int, Moments],
+    tokens: int,
+    page_size: int,
+    frames: RotaryTable | None,
 ) -> None:
     """Write a file in one go: what was there before is replaced when the new file is complete.
 
     Args:
         layers: by the number of the attention layer.
-        page_size: of the page frames; None: there are none, and only post-RoPE moments are written.
+        frames: of pages; None: only moments after RoPE are written.
     """
     tensors = {}
     for layer, moments in layers.items():
         for name, tensor in vars(moments).items():
-            if page_size is not None or not name.startswith("page_"):
+            if frames is not None or not name.startswith("page_"):
                 tensors[f"{layer}.{name}"] = tensor.contiguous()
-    metadata = {"format": FORMAT, "identity": json.dumps(asdict(identity)), "tokens": str(tokens)}
-    if page_size is not None:
-        metadata["page_size"] = str(page_size)
+    metadata = {"format": FORMAT, "identity": json.dumps(asdict(identity))}
+    metadata |= {"tokens": str(tokens), "page_size": str(page_size)}
+    if frames is not None:
+        tensors |= {"frames.cos": frames.cos, "frames.sin": frames.sin}
+        metadata["is_neox_style"] = json.dumps(frames.is_neox_style)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata)
@@ -118,9 +131,14 @@ class CalibrationFile:
         self.identity = ModelIdentity(**json.loads(metadata["identity"]))
         self.tokens = int(metadata["tokens"])
         """Tokens that the model was run on."""
-        self.page_size = int(metadata["page_size"]) if "page_size" in metadata else None
-        """Tokens of a page, of page frames; None: the file has no page frames."""
+        self.page_size = int(metadata["page_size"])
+        """Tokens of the pages of page frames."""
+        self.frames: RotaryTable | None = None
+        """Of pages, by their number in a request; None where the model's RoPE cannot be turned back."""
         self._names = set(self._file.keys())
+        if "is_neox_style" in metadata:
+            cos, sin = (self._file.get_tensor(f"frames.{part}") for part in ("cos", "sin"))
+            self.frames = RotaryTable(cos, sin, json.loads(metadata["is_neox_style"]))
         self._check(identity)
 
     def _check(self, served: ModelIdentity) -> None:
@@ -149,7 +167,7 @@ class CalibrationFile:
                 # Ranks that share a KV head come to the same one.
                 first = place.rank * tensor.get_shape()[0] // place.ranks
                 found[item.name] = tensor[first : first + kv_heads]
-            elif item.name.startswith("page_") and self.page_size is None:
+            elif item.name.startswith("page_") and self.frames is None:
                 found[item.name] = found["key"][:0]
             else:
                 raise ConfigError(f"{self._setting} is {self._path!r}, which has nothing of {name}: {self._remedy}")

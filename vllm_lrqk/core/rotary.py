@@ -37,6 +37,15 @@ class RotaryTable:
         angle = torch.arange(positions).double()[:, None] * frequency
         return cls(angle.cos().float(), angle.sin().float(), True)
 
+    def every(self, step: int) -> "RotaryTable":
+        """The table of positions 0, step, 2 step, ..., which are 0, 1, 2, ... in it."""
+        return RotaryTable(self.cos[::step].contiguous(), self.sin[::step].contiguous(), self.is_neox_style)
+
+    def equals(self, other: "RotaryTable") -> bool:
+        """Whether both turn alike."""
+        alike = self.is_neox_style == other.is_neox_style
+        return alike and torch.equal(self.cos, other.cos) and torch.equal(self.sin, other.sin)
+
     def to(self, device: torch.device) -> "RotaryTable":
         return RotaryTable(self.cos.to(device), self.sin.to(device), self.is_neox_style)
 

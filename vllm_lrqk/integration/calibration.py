@@ -52,23 +52,29 @@ class CalibrationExtension:
         """Sum the moments of every attention layer from here on.
 
         Returns:
-            The model's identity, and the names of RoPE forms that cannot be turned back.
+            The model's identity, the frames of pages, and the names of RoPE forms that cannot be turned back.
         """
         model = self.get_model()  # type: ignore[attr-defined]
         self._moment_sums: dict[str, MomentSums] = {}
         self._hooks = [model.register_forward_pre_hook(self._keep_positions, with_kwargs=True)]
-        refused = set()
+        refused, tables = set(), []
         for name, layer in model.named_modules():
             if not isinstance(layer, Attention):
                 continue
             table, rope = rotary_table(rotary_module(model, name))
             if table is None:
                 refused.add(rope)
+            else:
+                tables.append(table)
             device = next(model.parameters()).device
             sums = MomentSums(layer.num_kv_heads, layer.head_size, page_size, table, device)
             self._moment_sums[layer.layer_name] = sums
             self._hooks.append(layer.register_forward_pre_hook(self._count_tokens))
-        return {"identity": ModelIdentity.of(model_facts(self.vllm_config)), "refused": sorted(refused)}  # type: ignore[attr-defined]
+        if any(not table.equals(tables[0]) for table in tables):
+            refused.add("a RoPE that differs between layers")
+        frames = None if refused else tables[0].every(page_size).to(torch.device("cpu"))
+        identity = ModelIdentity.of(model_facts(self.vllm_config))  # type: ignore[attr-defined]
+        return {"identity": identity, "refused": sorted(refused), "frames": frames}
 
     def finish_calibration(self) -> dict[int, dict[str, tuple[torch.Tensor, float]]]:
         """What this rank summed up, by the number of the layer; the hooks are removed."""

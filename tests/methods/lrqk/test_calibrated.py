@@ -88,7 +88,7 @@ def moments_of(query, key, value):
 
 
 def basis_of(query, key, value, rank):
-    return make_basis(moments_of(query, key, value), rank, ROPE)
+    return make_basis(moments_of(query, key, value), rank, ROPE.every(N))
 
 
 def sealed(key, value, basis, f, order=None):
@@ -100,7 +100,7 @@ def sealed(key, value, basis, f, order=None):
     factors = CalibratedPages(torch.full((count + 1, KV, f.page_bytes), 0xFF, dtype=torch.uint8), f, basis)
     for pages in order or [list(range(count))]:
         ids = torch.tensor(pages)
-        seal_pages(ids, ids * N, host, factors)
+        seal_pages(ids, ids, host, factors)
     return factors
 
 
@@ -150,7 +150,7 @@ def test_frames_keep_up_with_positions_that_the_calibration_never_saw():
         host = torch.stack([turned, turned], 2).transpose(0, 1)[None]
         f = CalibratedFormat(N, D)
         factors = CalibratedPages(torch.zeros(1, KV, f.page_bytes, dtype=torch.uint8), f, basis)
-        seal_pages(torch.tensor([0]), torch.tensor([shift]), host, factors)
+        seal_pages(torch.tensor([0]), torch.tensor([shift // N]), host, factors)
         table = torch.zeros(1, shift // N + 1, dtype=torch.int64)
         scores = calibrated_scores(ROPE.rotate(query, shift + 100), factors, table, 1.0)[:, :, -1]
         found.append((factors.key_factor(torch.tensor([0])).float(), scores))
@@ -164,7 +164,7 @@ def test_the_basis_is_the_best_of_its_rank_for_scores():
     moments, eye = moments_of(query, key, value), torch.eye(D).double()
     metric, gram = 0.5 * _normal(moments.page_query) + 0.5 * eye, _normal(moments.page_key)
     for rank in (8, 16):
-        basis = make_basis(moments, rank, ROPE)
+        basis = make_basis(moments, rank, ROPE.every(N))
         loss = eye - basis.query.double() @ basis.key.double().mT
         left_out = torch.linalg.svdvals(_root(metric) @ _root(gram))[:, rank:].square().sum(1)
         torch.testing.assert_close(_error(metric, loss, gram), left_out, rtol=1e-3, atol=1e-6)

@@ -111,9 +111,7 @@ class CalibratedLayer(PagedLayer):
 
     def _seal(self, filled: list[int], kv_heads: int, query: torch.Tensor | None, start: int) -> None:
         assert isinstance(self.factors, CalibratedPages)
-        calibrated_seal.seal_pages(
-            self.pages[filled], torch.tensor(filled) * self.config.page_size, self.host, self.factors
-        )
+        calibrated_seal.seal_pages(self.pages[filled], torch.tensor(filled), self.host, self.factors)
 
 
 def calibrated_on_prompt(qkv: QKV, rotary: RotaryTable, rank: int, page_size: int, tokens: int) -> CalibratedBasis:
@@ -121,7 +119,7 @@ def calibrated_on_prompt(qkv: QKV, rotary: RotaryTable, rank: int, page_size: in
     _, kv_heads, d = qkv.key.shape
     sums = MomentSums(kv_heads, d, page_size, rotary, torch.device("cpu"))
     sums.add(qkv.query[:tokens], qkv.key[:tokens], qkv.value[:tokens], torch.arange(tokens))
-    return make_basis(mean_moments([sums.sums()], kv_heads), rank, rotary)
+    return make_basis(mean_moments([sums.sums()], kv_heads), rank, rotary.every(page_size))
 
 
 def paged_decode(

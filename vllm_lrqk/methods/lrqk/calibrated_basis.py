@@ -25,10 +25,11 @@ class CalibratedBasis:
     """Y, float32 [KV, d, r]: key factor A_n = Y' R(-p0) k_n, columns by falling contribution to the scores"""
     value: torch.Tensor
     """float32 [KV, r, d], the calibrated value map: v_n - mean follows (A_n - mean) times this."""
-    rotary: RotaryTable
+    frames: RotaryTable
+    """Of pages: its position i is that of the first token of a request's page i."""
 
 
-def make_basis(moments: Moments, rank: int, rotary: RotaryTable) -> CalibratedBasis:
+def make_basis(moments: Moments, rank: int, frames: RotaryTable) -> CalibratedBasis:
     """The rank-r X, Y that lose least of the scores of the calibration's queries and keys.
 
     With G_Q = M M', G_K = L L' in the page frame (symmetric roots) and M L = U S V', the scores Q K' are nearest, in
@@ -47,7 +48,7 @@ def make_basis(moments: Moments, rank: int, rotary: RotaryTable) -> CalibratedBa
     value = torch.linalg.solve(
         gram + ridge.clamp_min(1e-30) * torch.eye(rank), (moments.page_value_key.double() @ key).mT
     )
-    return CalibratedBasis(query.float(), key.float(), value.float(), rotary)
+    return CalibratedBasis(query.float(), key.float(), value.float(), frames)
 
 
 def _normalized(gram: torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,8 @@ def calibrated_scores(
         float32 [B, H, P, N].
     """
     kv_heads, pages = factors.raw.shape[1], block_table.long()
-    first_positions = torch.arange(pages.shape[1], device=pages.device) * factors.format.page_size
-    framed = factors.basis.rotary.rotate(
-        query.float()[:, :, None] * scale, first_positions, backwards=True
-    )  # [B, H, P, d]
+    numbers = torch.arange(pages.shape[1], device=pages.device)
+    framed = factors.basis.frames.rotate(query.float()[:, :, None] * scale, numbers, backwards=True)  # [B, H, P, d]
     projected = framed.unflatten(1, (kv_heads, -1)).transpose(2, 3) @ factors.basis.query[:, None]  # [B, KV, P, G, r]
     projected = projected * factors.scale[pages].transpose(1, 2)[:, :, :, None].float()
     scores = projected @ factors.key_factor(pages).transpose(1, 2).float().mT  # [B, KV, P, G, N]

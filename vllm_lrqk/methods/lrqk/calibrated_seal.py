@@ -11,7 +11,7 @@ from vllm_lrqk.methods.lrqk.values import value_regression
 
 def seal_pages(
     pages: torch.Tensor,
-    first_positions: torch.Tensor,
+    page_numbers: torch.Tensor,
     host: torch.Tensor,
     factors: CalibratedPages,
 ) -> None:
@@ -19,13 +19,13 @@ def seal_pages(
 
     Args:
         pages: int64 [M], distinct page ids.
-        first_positions: int64 [M], position of each page's first token in its request.
+        page_numbers: int64 [M], where in its request each page is, from 0.
         host: [num_pages, kv_heads, N, 2, d], the layer's host pages (keys at 0, values at 1).
     """
     f, basis = factors.format, factors.basis
     rows = host[pages].float()
     key, value = rows[..., 0, :], rows[..., 1, :]  # [M, KV, N, d]
-    framed = basis.rotary.rotate(key, first_positions[:, None, None], backwards=True)
+    framed = basis.frames.rotate(key, page_numbers[:, None, None], backwards=True)
     key_factor, scale = _quantize(framed @ basis.key, f.leading_rank)
     factors.write_key_factor(pages, key_factor)
     factors.scale[pages] = scale
