@@ -80,7 +80,7 @@ class Request:
     def basis(self, stored: int) -> Basis:
         key = self.key.double().transpose(0, 1)
         gram = key.mT @ key / len(self.key)
-        return make_basis(gram * (HEADS // KV_HEADS), gram, stored)
+        return make_basis(gram * (HEADS // KV_HEADS), gram, key.mean(1), stored)
 
     def exact(self) -> torch.Tensor:
         """float32 [1, H, d]"""
@@ -142,7 +142,7 @@ def _read_per_query_head(request: Request, basis: Basis, config: AquaConfig) -> 
     """Bytes of keys that a group reads of each token, where its heads choose for themselves."""
     from vllm_lrqk.methods.aqua.attention import chosen_dimensions
 
-    projected = basis.project(request.query)
+    projected = basis.project_query(request.query)
     chosen = chosen_dimensions(projected, basis.sigma, config.num_kept(HEAD_SIZE), config.choose)
     return float(chosen.unflatten(1, (KV_HEADS, -1)).any(2).float().sum(-1).mean()) * DTYPE.itemsize
 

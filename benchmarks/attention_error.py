@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from vllm_lrqk.core.rotary import RotaryTable  # noqa: E402
+from vllm_lrqk.evaluation.attention.aqua import aqua_decode  # noqa: E402
 from vllm_lrqk.evaluation.attention.decoding import (  # noqa: E402
     CalibratedLayer,
     PagedLayer,
@@ -32,6 +33,7 @@ from vllm_lrqk.evaluation.attention.decoding import (  # noqa: E402
 from vllm_lrqk.evaluation.attention.generator import SETS, QKVSet, generate  # noqa: E402
 from vllm_lrqk.evaluation.attention.qkv import QKV  # noqa: E402
 from vllm_lrqk.evaluation.reference.published_attention import PublishedSettings  # noqa: E402
+from vllm_lrqk.methods.aqua.settings import AquaConfig  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 
 TOP_K, RECENT_TOKENS = 512, 64
@@ -63,7 +65,8 @@ class Calibrated:
         return paged_decode(qkv, steps, config, layer=layer)
 
 
-CONFIGURATIONS: dict[str, dict | PublishedSettings | Calibrated] = {
+Configuration = dict | PublishedSettings | Calibrated | AquaConfig
+CONFIGURATIONS: dict[str, Configuration] = {
     BASELINE: PublishedSettings(rank=32, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
     "published, rank 16": PublishedSettings(rank=16, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
     "default": paged(),
@@ -102,16 +105,24 @@ CONFIGURATIONS: dict[str, dict | PublishedSettings | Calibrated] = {
     "calibrated, values too": Calibrated(has_value_map=False),
     "calibrated on half": Calibrated(has_value_map=True, share=0.5),
     "half, values too": Calibrated(has_value_map=False, share=0.5),
+    "AQUA 1.0": AquaConfig(keep=1.0),
+    **{f"AQUA {keep}": AquaConfig(keep=keep) for keep in (0.875, 0.75, 0.625, 0.5, 0.25)},
+    **{f"AQUA {keep}, query_head": AquaConfig(keep=keep, choose="query_head") for keep in (0.75, 0.5, 0.25)},
+    "AQUA 1.0, stored 0.75": AquaConfig(keep=1.0, stored=0.75),
+    "AQUA 0.75, stored 0.75": AquaConfig(keep=0.75, stored=0.75),
+    "AQUA 1.0, int8": AquaConfig(keep=1.0, key_dtype="int8"),
+    "AQUA 0.5, int8": AquaConfig(keep=0.5, key_dtype="int8"),
 }
 
 
-def measure(
-    spec: QKVSet, qkv: QKV, dense: torch.Tensor, steps: int, configuration: dict | PublishedSettings | Calibrated
-) -> dict[str, float]:
+def measure(spec: QKVSet, qkv: QKV, dense: torch.Tensor, steps: int, configuration: Configuration) -> dict[str, float]:
     """Mean and worst head's relative error, GPU bytes and, of ours, rows attended per step and KV head."""
     if isinstance(configuration, PublishedSettings):
         output, published, _ = published_decode(qkv, steps, configuration)
         figures = {"device_bytes": published.device_bytes()}
+    elif isinstance(configuration, AquaConfig):
+        output, device_bytes = aqua_decode(qkv, steps, configuration)
+        figures = {"device_bytes": device_bytes}
     else:
         if isinstance(configuration, Calibrated):
             output, layer = configuration.decode(spec, qkv, steps)

@@ -14,17 +14,16 @@ AquaBlocks aqua_blocks(const Tensor& blocks, int64_t block_size, int64_t stored,
   return {data, blocks.stride(0), blocks.stride(1), value_offset, key_scale_offset, block_size, stored, is_int8};
 }
 
-AquaBasis aqua_basis(const Tensor& projection, const Tensor& sigma) {
-  check_cpu(projection, "projection", 3, ScalarType::Float);
-  check_cpu(sigma, "sigma", 2, ScalarType::Float);
-  STD_TORCH_CHECK(projection.is_contiguous() && sigma.is_contiguous(), "the basis must be contiguous");
-  return {static_cast<const float*>(projection.data_ptr()), static_cast<const float*>(sigma.data_ptr())};
+AquaBasis aqua_basis(const Tensor& projection, const Tensor& offset, const Tensor& sigma) {
+  return {contiguous<const float>(projection, "projection", 3, ScalarType::Float),
+          contiguous<const float>(offset, "offset", 2, ScalarType::Float),
+          contiguous<const float>(sigma, "sigma", 2, ScalarType::Float)};
 }
 
-void cpu_aqua_decode(const Tensor query, const Tensor blocks, const Tensor projection, const Tensor sigma,
-                     const Tensor block_table, const Tensor seq_lens, double scale, int64_t keep, bool per_query_head,
-                     int64_t block_size, bool is_int8, int64_t value_offset, int64_t key_scale_offset, Tensor output,
-                     int64_t instruction_set) {
+void cpu_aqua_decode(const Tensor query, const Tensor blocks, const Tensor projection, const Tensor offset,
+                     const Tensor sigma, const Tensor block_table, const Tensor seq_lens, double scale, int64_t keep,
+                     bool per_query_head, int64_t block_size, bool is_int8, int64_t value_offset,
+                     int64_t key_scale_offset, Tensor output, int64_t instruction_set) {
   check_cpu(query, "query", 3, query.scalar_type());
   check_cpu(block_table, "block_table", 2, ScalarType::Int);
   check_cpu(seq_lens, "seq_lens", 1, ScalarType::Int);
@@ -34,7 +33,7 @@ void cpu_aqua_decode(const Tensor query, const Tensor blocks, const Tensor proje
   a.query_request_stride = query.stride(0);
   a.query_head_stride = query.stride(1);
   a.blocks = aqua_blocks(blocks, block_size, projection.size(2), is_int8, value_offset, key_scale_offset);
-  a.basis = aqua_basis(projection, sigma);
+  a.basis = aqua_basis(projection, offset, sigma);
   a.block_table = static_cast<const int32_t*>(block_table.data_ptr());
   a.block_table_stride = block_table.stride(0);
   a.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
@@ -56,9 +55,9 @@ void cpu_aqua_decode(const Tensor query, const Tensor blocks, const Tensor proje
   kernels_of(instruction_set).aqua.decode(a, torch_threads());
 }
 
-void cpu_aqua_append(const Tensor key, const Tensor value, Tensor blocks, const Tensor projection, const Tensor sigma,
-                     const Tensor slot_mapping, int64_t block_size, bool is_int8, int64_t value_offset,
-                     int64_t key_scale_offset, int64_t instruction_set) {
+void cpu_aqua_append(const Tensor key, const Tensor value, Tensor blocks, const Tensor projection, const Tensor offset,
+                     const Tensor sigma, const Tensor slot_mapping, int64_t block_size, bool is_int8,
+                     int64_t value_offset, int64_t key_scale_offset, int64_t instruction_set) {
   check_cpu(key, "key", 3, key.scalar_type());
   check_cpu(value, "value", 3, key.scalar_type());
   check_cpu(slot_mapping, "slot_mapping", 1, ScalarType::Long);
@@ -70,7 +69,7 @@ void cpu_aqua_append(const Tensor key, const Tensor value, Tensor blocks, const 
   a.value_token_stride = value.stride(0);
   a.value_head_stride = value.stride(1);
   a.blocks = aqua_blocks(blocks, block_size, projection.size(2), is_int8, value_offset, key_scale_offset);
-  a.basis = aqua_basis(projection, sigma);
+  a.basis = aqua_basis(projection, offset, sigma);
   a.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
   a.tokens = slot_mapping.size(0);
   a.kv_heads = blocks.size(1);
@@ -85,11 +84,12 @@ void cpu_aqua_append(const Tensor key, const Tensor value, Tensor blocks, const 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
   m.def(
-      "cpu_aqua_decode(Tensor query, Tensor blocks, Tensor projection, Tensor sigma, Tensor block_table, "
+      "cpu_aqua_decode(Tensor query, Tensor blocks, Tensor projection, Tensor offset, Tensor sigma, Tensor "
+      "block_table, "
       "Tensor seq_lens, float scale, int keep, bool per_query_head, int block_size, bool is_int8, int value_offset, "
       "int key_scale_offset, Tensor(a!) output, int instruction_set) -> ()");
   m.def(
-      "cpu_aqua_append(Tensor key, Tensor value, Tensor(a!) blocks, Tensor projection, Tensor sigma, "
+      "cpu_aqua_append(Tensor key, Tensor value, Tensor(a!) blocks, Tensor projection, Tensor offset, Tensor sigma, "
       "Tensor slot_mapping, int block_size, bool is_int8, int value_offset, int key_scale_offset, "
       "int instruction_set) -> ()");
 }

@@ -35,7 +35,7 @@ def identity(name="tiny", **changes):
 
 def moments(seed):
     generator = torch.Generator().manual_seed(seed)
-    return Moments(*(torch.randn(2, 16, 16, generator=generator) for _ in range(6)))
+    return Moments(*(torch.randn(2, 16, 16, generator=generator) for _ in range(7)))
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def test_sums_are_those_of_single_tokens():
     grouped = query.unflatten(1, (KV, -1))
     assert_close(moments.query, sum(outer(grouped[i], grouped[i]) for i in range(70)) / 70)
     assert_close(moments.key, outer(key.transpose(0, 1), key.transpose(0, 1)) / 70)
+    assert_close(moments.key_mean, key.double().mean(0))
     of_queries, weight = torch.zeros(KV, D, D).double(), 0
     for i in range(70):
         for page in range(i // N + 1):

@@ -24,7 +24,7 @@ def basis_of(query: torch.Tensor, key: torch.Tensor, stored: int) -> Basis:
     """The basis that queries [T, H, d] and keys [T, KV, d] give themselves."""
     grouped = query.double().unflatten(1, (key.shape[1], -1)).permute(1, 0, 2, 3).flatten(1, 2)
     keys = key.double().transpose(0, 1)
-    return make_basis(grouped.mT @ grouped / len(query), keys.mT @ keys / len(query), stored)
+    return make_basis(grouped.mT @ grouped / len(query), keys.mT @ keys / len(query), keys.mean(1), stored)
 
 
 class Requests:
@@ -55,7 +55,10 @@ class Requests:
         rotation = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
 
         def draw(heads: int, size: float) -> list[torch.Tensor]:
-            return [(size * anisotropic(n, heads, d, generator=generator) @ rotation).to(dtype) for n in lengths]
+            common = anisotropic(heads, d, generator=generator)  # a mean that all tokens share
+            return [
+                (size * (anisotropic(n, heads, d, generator=generator) + common) @ rotation).to(dtype) for n in lengths
+            ]
 
         self.query, self.key = draw(kv_heads * group, 4.0), draw(kv_heads, 4.0)
         self.value = [torch.randn(n, kv_heads, d, generator=generator).to(dtype) for n in lengths]

@@ -1,7 +1,6 @@
 """The calibration file: one safetensors file with the second moments of every attention layer of a model.
 
-    tensors    "NUMBER.NAME", float32 [KV, d, d]: for each attention layer, from 0, the tensors of `Moments` by their
-               names
+    tensors    "NUMBER.NAME", float32: for each attention layer, from 0, the tensors of `Moments` by their names
                "frames.cos", "frames.sin", float32 [pages, rotary_dim / 2]: the RoPE of the first position of each page,
                as far as the model's context goes
     metadata   "format": FORMAT; "identity": the model, as JSON; "tokens", "page_size": whole numbers;
@@ -9,7 +8,8 @@
 
 Where the model's RoPE cannot be turned back, there are no frames and no moments in them.
 
-Both methods that use it derive their bases when they start: AQUA from "query" and "key", LRQK from the others.
+Both methods that use it derive their bases when they start: AQUA from "query", "key" and "key_mean", LRQK from the
+moments in page frames.
 """
 
 import hashlib

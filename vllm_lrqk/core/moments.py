@@ -16,7 +16,7 @@ EARLIER_PAGES = 16
 
 @dataclass(frozen=True)
 class Moments:
-    """Means over tokens, float32 [KV, d, d]; queries are summed over the query heads of a KV head.
+    """Means over tokens, float32 [KV, d, d] but for `key_mean`; queries are summed over the query heads of a KV head.
 
     A "page frame" is the frame (see `core/rotary.py`) of the first position of a page of N tokens.
     """
@@ -25,6 +25,8 @@ class Moments:
     """q q', after RoPE."""
     key: torch.Tensor
     """k k', after RoPE."""
+    key_mean: torch.Tensor
+    """k, after RoPE: [KV, d]."""
     page_query: torch.Tensor
     """q q' in the frames of pages that begin before the query."""
     page_key: torch.Tensor
@@ -52,9 +54,9 @@ class MomentSums:
     ) -> None:
         self.page_size, self.rotary = page_size, rotary
         names = list(Moments.__dataclass_fields__)
-        self._sums = {
-            name: torch.zeros(kv_heads, head_size, head_size, dtype=torch.float64, device=device) for name in names
-        }
+        square = (kv_heads, head_size, head_size)
+        self._sums = {name: torch.zeros(square, dtype=torch.float64, device=device) for name in names}
+        self._sums["key_mean"] = self._sums["key_mean"][..., 0]
         self._weights = dict.fromkeys(names, 0.0)
 
     def add(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
@@ -69,6 +71,8 @@ class MomentSums:
         keys, values = key.float().transpose(0, 1), value.float().transpose(0, 1)  # [KV, T, d]
         self._add("query", queries.flatten(1, 2), queries.flatten(1, 2), len(query))
         self._add("key", keys, keys, len(query))
+        self._sums["key_mean"] += keys.sum(1)
+        self._weights["key_mean"] += len(query)
         if self.rotary is None:
             return
         for start, end in self._page_pieces(positions):
@@ -84,7 +88,7 @@ class MomentSums:
                 self._add("page_value_key", of_values, piece, end - start)
 
     def sums(self) -> dict[str, tuple[torch.Tensor, float]]:
-        """Sums, float64 [KV, d, d] on the CPU, and what to divide them by, by the names of `Moments`."""
+        """Sums, float64 on the CPU, and what to divide them by, by the names of `Moments`."""
         return {name: (total.cpu(), self._weights[name]) for name, total in self._sums.items()}
 
     def _add(self, name: str, left: torch.Tensor, right: torch.Tensor, weight: float) -> None:

@@ -19,6 +19,8 @@ inline void append_token(const AquaAppendArgs& a, int64_t token, int64_t kv_head
   const T* value = static_cast<const T*>(a.value) + token * a.value_token_stride + kv_head * a.value_head_stride;
   std::memcpy(block + blocks.value_offset + offset * a.head_size * sizeof(T), value, a.head_size * sizeof(T));
   project(key, projection_of(a.basis, kv_head, a.head_size, stored), a.head_size, stored, projected);
+  const float* offsets = a.basis.offset + kv_head * stored;
+  for (int64_t j = 0; j < stored; j += W) store(projected + j, sub(load(projected + j), load(offsets + j)));
   if (blocks.is_int8) {
     const float* sigma = a.basis.sigma + kv_head * stored;
     float largest = 0.0f;

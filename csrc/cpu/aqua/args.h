@@ -22,6 +22,7 @@ struct AquaBlocks {
 
 struct AquaBasis {
   const float* projection;  // [KV, d, s]
+  const float* offset;      // [KV, s], of keys
   const float* sigma;       // [KV, s]
 };
 

@@ -68,8 +68,8 @@ def test_decode_uses_what_was_chosen_and_nothing_else():
     output = requests.run([(0, 62), (1, 89)], [])
     layer = requests.layer
     for r in range(2):
-        query = layer.basis.project(requests.query[r][-1:])[0]
-        key = layer.basis.project(requests.key[r])  # [n, KV, s]
+        query = layer.basis.project_query(requests.query[r][-1:])[0]
+        key = layer.basis.project_key(requests.key[r])  # [n, KV, s]
         for h in range(6):
             kv = h // 3
             size = (query[3 * kv : 3 * kv + 3] * layer.basis.sigma[kv]).square().sum(0)

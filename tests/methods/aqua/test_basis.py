@@ -25,19 +25,20 @@ def test_columns_are_the_right_singular_vectors_of_stacked_queries_and_keys():
 def test_all_columns_keep_scores_and_leading_ones_are_those_of_the_whole():
     query, key = vectors()
     whole, part = basis_of(query, key, 32), basis_of(query, key, 12)
-    projected = whole.project(query).unflatten(1, (2, 3)), whole.project(key)[:, :, None]
+    projected = whole.project_query(query).unflatten(1, (2, 3)), (whole.project_key(key) + whole.offset)[:, :, None]
     exact = (query.unflatten(1, (2, 3)) * key[:, :, None]).sum(-1)
     torch.testing.assert_close((projected[0] * projected[1]).sum(-1), exact, atol=1e-4, rtol=1e-4)
     assert torch.equal(part.projection, whole.projection[..., :12])
 
 
-def test_sigma_is_the_rms_of_projected_keys():
+def test_sigma_is_the_deviation_of_projected_keys_and_their_mean_is_zero():
     query, key = vectors()
-    basis = basis_of(query, key, 32)
-    rms = basis.project(key).square().mean(0).sqrt()
-    torch.testing.assert_close(basis.sigma, rms, rtol=1e-4, atol=0)
+    basis = basis_of(query, key + 3.0, 32)
+    projected = basis.project_key(key + 3.0)
+    torch.testing.assert_close(projected.mean(0), torch.zeros(2, 32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(basis.sigma, projected.square().mean(0).sqrt(), rtol=1e-3, atol=0)
 
 
 def test_a_head_without_keys_divides_by_no_zero():
-    basis = make_basis(torch.zeros(1, 8, 8), torch.zeros(1, 8, 8), 8)
+    basis = make_basis(torch.zeros(1, 8, 8), torch.zeros(1, 8, 8), torch.zeros(1, 8), 8)
     assert (basis.sigma > 0).all() and basis.projection.isfinite().all()

@@ -23,7 +23,7 @@ def append(key: torch.Tensor, value: torch.Tensor, blocks: Blocks, basis: Basis,
     if not bool(is_token.all()):
         key, value, slot_mapping = key[is_token], value[is_token], slot_mapping[is_token]
     block, offset = slot_mapping // blocks.format.block_size, slot_mapping % blocks.format.block_size
-    projected = basis.project(key)  # [T, KV, s]
+    projected = basis.project_key(key)  # [T, KV, s]
     if blocks.format.is_quantized:
         relative = projected / basis.sigma
         scale = relative.abs().amax(-1).clamp_min(1e-30) / 127
@@ -72,7 +72,7 @@ def decode_attention(
     """
     f = blocks.format
     kv_heads = blocks.raw.shape[1]
-    projected = basis.project(query)  # [B, H, s]
+    projected = basis.project_query(query)  # [B, H, s]
     keep = config.num_kept(f.head_size)
     if keep < f.stored:
         projected = projected * chosen_dimensions(projected, basis.sigma, keep, config.choose)
@@ -108,7 +108,7 @@ def prefill_attention(
     tokens, heads, d = query.shape
     kv_heads = blocks.raw.shape[1]
     group = heads // kv_heads
-    projected = _pad(basis.project(query), d).to(query.dtype).transpose(0, 1)  # [H, T, d]
+    projected = _pad(basis.project_query(query), d).to(query.dtype).transpose(0, 1)  # [H, T, d]
     key, value = _rows(blocks, basis, pages, context_len, context_len + tokens)
     key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
     total, log_sum = _flash(projected, key, value, scale, causal=True)

@@ -11,7 +11,7 @@ s stored dimensions and k, v bytes per element of keys and values:
 Keys are projected and dimension-major: one dimension of all tokens is one run of N k bytes, so that a step which
 chooses dimensions reads those alone. Values are as the model gives them.
 
-int8 keys are divided by sigma, the calibrated rms of each dimension, and quantised with one scale per token:
+int8 keys are divided by sigma, the calibrated deviation of each dimension, and quantised with one scale per token:
 
     k^_nj = key_scale_n * key_nj * sigma_j
 

@@ -59,5 +59,5 @@ class Aqua(Method):
         config = self.settings
         form = BlockFormat.from_config(config, config.block_size, shape.head_size, shape.torch_dtype)
         moments = self._open().moments(place, shape.kv_heads)
-        basis = make_basis(moments.query, moments.key, form.stored).to(device)
+        basis = make_basis(moments.query, moments.key, moments.key_mean, form.stored).to(device)
         return AquaLayer(Blocks(memory.blocks, form), basis, shape.scale, config, cpu.kernels())
