@@ -1,25 +1,12 @@
 """AQUA in real engines: with every dimension it is dense attention; what it approximates depends on nothing else."""
 
 import pytest
+from calibrations import calibration_of
 from engines import MIB, counters, engine, greedy, tiny_llama, token_prompts
 from test_dense import CASES, PROMPT_LENGTHS, TOKENS, assert_same
 
-from vllm_lrqk.calibration.command import calibrate
-from vllm_lrqk.core.calibration import write_calibration
-
 pytestmark = pytest.mark.engine
 POOL = {"kv_cache_memory_bytes": 64 * MIB}
-
-
-def calibration_of(model):
-    """The calibration file beside a model, made on first use."""
-    path = model / "calibration.safetensors"
-    if not path.exists():
-        prompts = [prompt["prompt_token_ids"] for prompt in token_prompts([256, 100], seed=5)]
-        settings = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 16 * MIB}
-        found = calibrate(str(model), prompts, 256, 64, settings)
-        write_calibration(path, found.identity, found.layers, 356, 64, found.frames)
-    return str(path)
 
 
 @pytest.mark.parametrize(("dtype", "heads", "kv_heads", "head_size", "tolerance"), CASES)

@@ -172,3 +172,23 @@ class CalibrationFile:
             else:
                 raise ConfigError(f"{self._setting} is {self._path!r}, which has nothing of {name}: {self._remedy}")
         return Moments(**found)
+
+
+class CalibrationSource:
+    """A calibration file that each process opens for itself: what travels is where it is.
+
+    Args: as of `CalibrationFile`.
+    """
+
+    def __init__(self, setting: str, path: str | None, identity: ModelIdentity) -> None:
+        self._arguments = setting, path, identity
+        self._file: CalibrationFile | None = None
+
+    def open(self) -> CalibrationFile:
+        """The open file. Raises ConfigError if it cannot serve the model."""
+        if self._file is None:
+            self._file = CalibrationFile(*self._arguments)
+        return self._file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_file": None}

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vllm_lrqk.core.calibration import CalibrationFile, ModelIdentity
+from vllm_lrqk.core.calibration import CalibrationSource, ModelIdentity
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.layer import LayerMemory, LayerPlace, LayerShape
@@ -23,22 +23,12 @@ class Aqua(Method):
     settings_type = AquaConfig
     block_size_setting = "aqua.block_size"
     settings: AquaConfig
-    calibration: CalibrationFile | None = None
 
     def check(self, model: ModelFacts) -> None:
         if self.device_type != "cpu":
             raise ConfigError("AQUA runs on the CPU only: serve this model with another attention backend.")
-        self._identity = ModelIdentity.of(model)
-        self._open()
-
-    def _open(self) -> CalibrationFile:
-        """The calibration file; opened by each process for itself."""
-        if self.calibration is None:
-            self.calibration = CalibrationFile("aqua.calibration", self.settings.calibration, self._identity)
-        return self.calibration
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "calibration"}
+        self._calibration = CalibrationSource("aqua.calibration", self.settings.calibration, ModelIdentity.of(model))
+        self._calibration.open()
 
     def plan(self, head_size: int, dtype: torch.dtype, group: int) -> MemoryPlan:
         config = self.settings
@@ -58,6 +48,6 @@ class Aqua(Method):
         assert memory.blocks is not None
         config = self.settings
         form = BlockFormat.from_config(config, config.block_size, shape.head_size, shape.torch_dtype)
-        moments = self._open().moments(place, shape.kv_heads)
+        moments = self._calibration.open().moments(place, shape.kv_heads)
         basis = make_basis(moments.query, moments.key, moments.key_mean, form.stored).to(device)
         return AquaLayer(Blocks(memory.blocks, form), basis, shape.scale, config, cpu.kernels())

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_lrqk.methods.lrqk.calibrated_basis import CalibratedBasis
+from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 ALIGNMENT = 64
 
@@ -57,6 +58,11 @@ class CalibratedFormat:
     leading_rank: int = 16
     trailing_rank: int = 16
     has_value_map: bool = True
+
+    @classmethod
+    def from_config(cls, config: LRQKConfig, head_size: int) -> "CalibratedFormat":
+        """The format of a layer with this head size."""
+        return cls(config.page_size, head_size, config.rank, config.rank, config.value_map == "page")
 
     @property
     def rank(self) -> int:
