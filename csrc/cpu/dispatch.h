@@ -4,6 +4,7 @@
 // vocabulary and compiler flags (setup.py tells them by the end of the file's name), and fill one table each.
 #pragma once
 
+#include "cpu/aqua/args.h"
 #include "cpu/args.h"
 #include "cpu/lola/args.h"
 #include "cpu/lrqk/args.h"
@@ -15,6 +16,10 @@ struct KernelTable {
   int vector_elements;  // the head size must be a multiple of twice this
   void (*append)(const AppendArgs&, const Parallel&);
   void (*prefill)(const PrefillArgs&, const Parallel&);
+  struct {
+    void (*decode)(const AquaDecodeArgs&, const Parallel&);
+    void (*append)(const AquaAppendArgs&, const Parallel&);
+  } aqua;
   struct {
     void (*decode)(const LolaArgs&, const Parallel&);
     void (*prefill)(const LolaArgs&, const Parallel&);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "cpu/append.h"
+#include "cpu/aqua/append.h"
+#include "cpu/aqua/decode.h"
 #include "cpu/dispatch.h"
 #include "cpu/lola/decode.h"
 #include "cpu/lola/prefill.h"
@@ -17,6 +19,7 @@ constexpr KernelTable kKernels = {
     .vector_elements = W,
     .append = append,
     .prefill = prefill,
+    .aqua = {.decode = aqua::decode, .append = aqua::append},
     .lola = {.decode = lola::decode, .prefill = lola::prefill},
     .lrqk = {.decode = decode<LowRankScorer>, .seal = seal},
 };

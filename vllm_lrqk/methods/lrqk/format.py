@@ -155,3 +155,7 @@ class FactorPages:
         """Key factors A of some pages: [*pages.shape, kv_heads, page_size, rank], a copy."""
         words = self.key_factor_words[pages]  # [..., KV, r/w, N, w]
         return words.transpose(-3, -2).flatten(-2)
+
+    def value_map(self, pages: torch.Tensor) -> torch.Tensor:
+        """What a step of each column of A adds to a value: float32 [*pages.shape, kv_heads, value_rank, head_size]."""
+        return self.value_projection[pages].float() * self.value_scale[pages][..., None]

@@ -7,6 +7,7 @@ import torch
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.layer import Layer
 from vllm_lrqk.core.step import PrefillChunk, Step
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.kernels import PageKernels
 from vllm_lrqk.methods.lrqk.seal import query_grams
@@ -45,7 +46,7 @@ class LRQKLayer(Layer):
 
     def __init__(
         self,
-        factors: FactorPages,
+        factors: FactorPages | CalibratedPages,
         host: torch.Tensor,
         decoder: Decoder,
         kernels: PageKernels,
