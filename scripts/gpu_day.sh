@@ -38,6 +38,7 @@ for stage in $stages; do
       step pages 60 bash -c 'tests tests/gpu/test_gpu_table.py'
       step decode 60 bash -c 'tests tests/gpu/test_gpu_decode.py'
       step layer 90 bash -c 'tests tests/gpu/test_gpu_layer.py'
+      step lola 90 bash -c 'tests tests/gpu/test_gpu_lola.py'
       ;;
     sanitizer)
       for tool in memcheck racecheck; do

@@ -2,8 +2,8 @@
 
 import pytest
 from calibrations import calibration_of
+from comparisons import CASES, PROMPT_LENGTHS, TOKENS, assert_same
 from engines import MIB, counters, engine, greedy, tiny_llama, token_prompts
-from test_dense import CASES, PROMPT_LENGTHS, TOKENS, assert_same
 
 pytestmark = pytest.mark.engine
 POOL = {"kv_cache_memory_bytes": 64 * MIB}

@@ -2,8 +2,8 @@
 
 import pytest
 from calibrations import calibration_of
+from comparisons import PROMPT_LENGTHS, TOKENS, assert_same
 from engines import counters, engine, greedy, tiny_llama, token_prompts
-from test_dense import PROMPT_LENGTHS, TOKENS, assert_same
 
 pytestmark = pytest.mark.engine
 SPARSE = {"top_k": 48, "recent_tokens": 16, "rank": 16, "factorization": "calibrated"}
