@@ -38,6 +38,16 @@ def test_refusals(arguments, message, needle_folder, tmp_path):
     assert not output.exists()
 
 
+def test_a_file_in_the_models_folder_is_refused(needle_folder):
+    """vLLM would load it as weights."""
+    output = needle_folder / "calibration.safetensors"
+    with pytest.raises(
+        SystemExit, match=r"--output is .*calibration\.safetensors, but vLLM loads every .* elsewhere\.$"
+    ):
+        main([str(needle_folder), "--output", str(output)])
+    assert not output.exists()
+
+
 def test_the_console_script_knows_its_commands(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vllm-lrqk", "calibrate", "nowhere/at-all", "--output", "file"])
     with pytest.raises(SystemExit, match="vllm-lrqk calibrate: MODEL 'nowhere/at-all' cannot be loaded"):

@@ -11,7 +11,7 @@ from vllm_lrqk.core.calibration import write_calibration
 
 def calibration_of(model: Path, page_size: int = 64, file: Path | None = None, **engine: Any) -> str:
     """A tiny model's calibration file, made on first use from random tokens; by default one beside it."""
-    path = file or model / f"calibration-{page_size}.safetensors"
+    path = file or model.parent / f"{model.name}-calibration-{page_size}.safetensors"
     if not path.exists():
         prompts = [prompt["prompt_token_ids"] for prompt in token_prompts([256, 100], seed=5)]
         settings = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 16 * MIB, **engine}

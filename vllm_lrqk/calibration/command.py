@@ -77,6 +77,11 @@ def _run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, but must be {least} or more.")
+    if arguments.output.parent.resolve() == Path(arguments.model).resolve():
+        raise ConfigError(
+            f"--output is {arguments.output}, but vLLM loads every safetensors file of a model's folder as weights: "
+            "name a file elsewhere."
+        )
     if arguments.engine.get("pipeline_parallel_size", 1) > 1:
         size = arguments.engine["pipeline_parallel_size"]
         raise ConfigError(
