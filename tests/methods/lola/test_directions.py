@@ -1,14 +1,9 @@
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from vllm_lrqk.core.config import ConfigError
-from vllm_lrqk.core.layer import LayerPlace, LayerShape
-from vllm_lrqk.methods.lola.directions import load_directions, random_directions
+from vllm_lrqk.methods.lola.directions import calibrated_directions, random_directions
 
-
-def shape(kv_heads: int) -> LayerShape:
-    return LayerShape(2 * kv_heads, kv_heads, 16, "float32", 0.25)
+KV_HEADS, HEAD_SIZE, TOKENS = 2, 16, 500
 
 
 @pytest.mark.parametrize(("head_size", "rank"), [(64, 16), (96, 4), (128, 128)])
@@ -30,34 +25,45 @@ def test_random_directions_leave_torch_s_generator_alone():
     assert torch.equal(random_directions(1, 64, 16).key, first.key)
 
 
-@pytest.fixture
-def file(tmp_path):
+def tokens(columns: int = HEAD_SIZE):
+    """Queries and keys [KV, T, d] of other spectra, in a random subspace of so many dimensions; keys have a mean."""
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"layers.1.{side}_directions": torch.randn(4, 8, 16, generator=generator) for side in ("query", "key")}
-    path = tmp_path / "directions.safetensors"
-    save_file(tensors, path)
-    return str(path), tensors
+
+    def draw(power: float) -> torch.Tensor:
+        basis = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_SIZE, columns, generator=generator)).Q
+        scale = torch.arange(1, columns + 1).float() ** -power
+        return torch.randn(KV_HEADS, TOKENS, columns, generator=generator) * scale @ basis.mT
+
+    return draw(0.5), draw(1.0) + torch.randn(KV_HEADS, 1, HEAD_SIZE, generator=generator)
 
 
-def test_a_rank_gets_its_heads_of_a_file(file):
-    path, tensors = file
-    directions = load_directions(path, shape(2), LayerPlace(1, rank=1, ranks=2), 8)
-    assert torch.equal(directions.query, tensors["layers.1.query_directions"][2:])
-    assert torch.equal(directions.key, tensors["layers.1.key_directions"][2:])
+def moments(query: torch.Tensor, key: torch.Tensor):
+    return query.mT @ query / TOKENS, key.mT @ key / TOKENS, key.mean(1)
 
 
-def test_bad_files_are_refused_in_one_sentence(file, tmp_path):
-    path, _ = file
-    other = tmp_path / "text.safetensors"
-    other.write_text("no tensors")
-    cases = [
-        ((str(tmp_path / "none"), LayerPlace(1), 8), "there is no such file"),
-        ((path, LayerPlace(0), 8), "has no tensor layers.0.query_directions"),
-        ((path, LayerPlace(1), 16), r"shape \(4, 8, 16\) where the model and state_rank need \(4, 16, 16\)"),
-        ((str(other), LayerPlace(1), 8), "is no safetensors file"),
-    ]
-    for (name, place, rank), message in cases:
-        with pytest.raises(ConfigError, match=message) as caught:
-            load_directions(name, shape(4), place, rank)
-        assert str(caught.value).startswith("lola.directions is ")
-        assert str(caught.value).endswith(".")
+@pytest.mark.parametrize("columns", [HEAD_SIZE, 5])
+def test_directions_of_all_ranks_give_the_scores(columns):
+    query, key = tokens(columns)
+    directions = calibrated_directions(*moments(query, key), rank=columns)
+    centred = key - key.mean(1, keepdim=True)
+    scores = (query @ directions.query.mT) @ (centred @ directions.key.mT).mT
+    assert torch.allclose(scores, query @ centred.mT, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_no_other_product_of_the_rank_is_nearer(rank):
+    """The error over independent queries and keys, |G^1/2 (1 - Pq'Pk) S^1/2|, is that of the truncated SVD."""
+    query, key = tokens()
+    gram_query, gram_key, mean = moments(query, key)
+    directions = calibrated_directions(gram_query, gram_key, mean, rank)
+    centred = (key - mean[:, None]).double()
+
+    def error(bilinear: torch.Tensor) -> float:
+        product = query.double() @ (torch.eye(HEAD_SIZE) - bilinear).double() @ centred.mT
+        return float(product.square().mean().sqrt())
+
+    best = error(directions.query.mT @ directions.key)
+    values = torch.linalg.svdvals(query.double() @ centred.mT)
+    assert best == pytest.approx(float((values[:, rank:].square().sum() / (KV_HEADS * TOKENS**2)).sqrt()), rel=1e-3)
+    random = random_directions(KV_HEADS, HEAD_SIZE, rank)
+    assert best < error(random.query.mT @ random.key)

@@ -74,15 +74,6 @@ def test_feature_maps_from_a_file(tmp_path, per_query_head):
     assert not torch.allclose(output[150:], nothing[150:], atol=1e-2)
 
 
-def test_directions_from_a_file(tmp_path):
-    path = tmp_path / "directions.safetensors"
-    directions = torch.linalg.qr(torch.randn(KV_HEADS, HEAD_SIZE, 4, generator=torch.Generator().manual_seed(3)))
-    directions = directions.Q.mT.contiguous()
-    save_file({"layers.0.query_directions": directions, "layers.0.key_directions": directions.clone()}, path)
-    layer = make_layer(LolaSettings(**SMALL, directions=str(path)))
-    assert torch.equal(layer.rules.state.directions.key, directions)
-
-
 def test_bytes_per_request_of_an_8b_model():
     assert memory(LolaSettings(), 128, torch.bfloat16) * 8 * 32 == 263104 * 256  # 67.4 MB
 

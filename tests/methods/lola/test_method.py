@@ -1,16 +1,24 @@
 """What LoLA tells vLLM's part of the package: its memory and its refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lola_cases import make_maps
 from safetensors.torch import save_file
 
+from vllm_lrqk.core.calibration import ModelIdentity, write_calibration
 from vllm_lrqk.core.config import ConfigError
+from vllm_lrqk.core.counters import Counters
+from vllm_lrqk.core.layer import LayerMemory, LayerPlace, LayerShape
 from vllm_lrqk.core.method import ModelFacts
+from vllm_lrqk.core.moments import Moments
 from vllm_lrqk.methods import METHODS, method_class
+from vllm_lrqk.methods.lola.directions import calibrated_directions
 from vllm_lrqk.methods.lola.method import Lola
 from vllm_lrqk.methods.lola.settings import LolaSettings
 
+CPU = torch.device("cpu")
 SMALL_MODEL = ModelFacts("small", head_size=16, heads=4, kv_heads=2, max_model_len=1 << 20, config={})
 
 
@@ -39,6 +47,28 @@ def test_maps_per_query_head_take_a_memory_each(tmp_path):
         method.check(SMALL_MODEL)
         sizes[per_query_head] = method.plan(16, torch.float32, 2).block_bytes
     assert sizes[True] == 2 * sizes[False]
+
+
+def test_directions_come_from_a_calibration(tmp_path):
+    """Of the layer and the rank; a calibration of another model is refused."""
+    generator = torch.Generator().manual_seed(0)
+    path, layers = tmp_path / "calibration", {}
+    for layer in range(2):
+        root = torch.randn(6, 2, 16, 16, generator=generator)
+        grams = root @ root.mT
+        layers[layer] = Moments(*grams[:2], torch.randn(2, 16, generator=generator), *grams[2:])
+    write_calibration(path, ModelIdentity.of(SMALL_MODEL), layers, tokens=100, page_size=64, frames=None)
+    method = Lola(LolaSettings(directions=str(path)), "cpu")
+    method.check(SMALL_MODEL)
+    size = method.plan(16, torch.float32, 2).block_bytes
+    memory = LayerMemory(None, torch.zeros(1, 1, size, dtype=torch.uint8), None)
+    shape, place, counters = LayerShape(2, 1, 16, "float32", 0.25), LayerPlace(1, rank=1, ranks=2), Counters((), 2, CPU)
+    layer = method.make_layer(shape, place, memory, None, counters, counters.tallies[0], CPU)
+    moments = layers[1].heads(slice(1, 2))
+    expected = calibrated_directions(moments.query, moments.key, moments.key_mean, 16)
+    assert torch.equal(layer.rules.state.directions.key, expected.key)
+    with pytest.raises(ConfigError, match=r"^lola\.directions is .* but other has "):
+        method.check(replace(SMALL_MODEL, name="other", heads=8))
 
 
 def test_refusals():

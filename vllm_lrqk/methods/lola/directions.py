@@ -1,23 +1,18 @@
 """Directions of keys and queries along which the slope state follows the values.
 
-A file of directions is a safetensors file with, per layer i (0 is the model's first attention layer),
-
-    layers.i.query_directions    float32 [KV, r, d]
-    layers.i.key_directions      float32 [KV, r, d]
-
-where q . k ~ (query_directions q) . (key_directions k) as well as r directions can. Without a file both are the
-same r pseudo-random orthonormal vectors, for every layer and head.
+Without a calibration both are the same r pseudo-random orthonormal vectors, for every layer and head. With one,
+(query directions q) . (key directions k) is the best product of rank r for q . (k - mean), over the calibration's
+queries and keys taken as independent: the singular vectors of G^1/2 S^1/2, G the second moment of the queries of a
+group, S the covariance of the keys.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from vllm_lrqk.core.config import ConfigError
-from vllm_lrqk.core.layer import LayerPlace, LayerShape
-
 SEED = 20505
+LEAST_ENERGY = 1e-8
+"""Of a dimension, as a share of the largest: what lies below is rounding."""
 
 
 @dataclass(frozen=True)
@@ -41,32 +36,33 @@ def random_directions(num_kv_heads: int, head_size: int, rank: int) -> Direction
     return Directions(expanded, expanded)
 
 
-def load_directions(path: str, shape: LayerShape, place: LayerPlace, rank: int) -> Directions:
-    """Directions of one layer from a file, which has the heads of all tensor-parallel ranks.
+def calibrated_directions(
+    gram_query: torch.Tensor, gram_key: torch.Tensor, key_mean: torch.Tensor, rank: int
+) -> Directions:
+    """Directions of one layer from a calibration's moments.
 
-    Raises:
-        ConfigError: the file is missing, has no such layer, or belongs to another model.
+    Args:
+        gram_query: [KV, d, d], Q'Q over the queries of each KV head's group, divided by the number of tokens.
+        gram_key: [KV, d, d], K'K divided by the number of tokens.
+        key_mean: [KV, d].
     """
-    from safetensors import SafetensorError, safe_open
+    mean = key_mean.double()
+    query_root, query_inverse = _roots(gram_query.double())
+    key_root, key_inverse = _roots(gram_key.double() - mean[:, :, None] * mean[:, None])
+    left, values, right = torch.linalg.svd(query_root @ key_root)
+    share = values[:, None, :rank].sqrt()  # shared out, so that neither side is large
 
-    if not Path(path).is_file():
-        raise ConfigError(f"lola.directions is {path!r}, but there is no such file: name one, or set it to null.")
-    loaded = []
-    expected = (shape.kv_heads * place.ranks, rank, shape.head_size)
-    heads = slice(place.rank * shape.kv_heads, (place.rank + 1) * shape.kv_heads)
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            for side in ("query", "key"):
-                name = f"layers.{place.number}.{side}_directions"
-                if name not in tensors.keys():  # noqa: SIM118
-                    raise ConfigError(f"lola.directions is {path!r}, but the file has no tensor {name}.")
-                tensor = tensors.get_tensor(name)
-                if tuple(tensor.shape) != expected:
-                    raise ConfigError(
-                        f"lola.directions is {path!r}, but its {name} has shape {tuple(tensor.shape)} "
-                        f"where the model and state_rank need {expected}: take the directions of this model."
-                    )
-                loaded.append(tensor[heads].float().contiguous())
-    except SafetensorError as error:
-        raise ConfigError(f"lola.directions is {path!r}, but is no safetensors file ({error}).") from None
-    return Directions(*loaded)
+    def rows(columns: torch.Tensor) -> torch.Tensor:
+        return columns.mT.float().contiguous()
+
+    query = rows(query_inverse @ (left[..., :rank] * share))
+    return Directions(query, rows(key_inverse @ (right.mT[..., :rank] * share)))
+
+
+def _roots(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square root of positive semi-definite matrices and its inverse, away from what carries no energy."""
+    values, vectors = torch.linalg.eigh(matrix)
+    least = values.amax(-1, keepdim=True).clamp_min(1e-30) * LEAST_ENERGY
+    values = values.clamp_min(least)
+    root, inverse = (vectors * power[:, None] @ vectors.mT for power in (values.sqrt(), values.rsqrt()))
+    return root, inverse

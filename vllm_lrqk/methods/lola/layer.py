@@ -6,7 +6,7 @@ from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.layer import Layer, LayerPlace, LayerShape
 from vllm_lrqk.core.step import PrefillChunk, Step
 from vllm_lrqk.methods.lola.attention import Rules
-from vllm_lrqk.methods.lola.directions import load_directions, random_directions
+from vllm_lrqk.methods.lola.directions import Directions, random_directions
 from vllm_lrqk.methods.lola.dispatch import kernels_for
 from vllm_lrqk.methods.lola.feature_maps import load_feature_maps, map_shapes
 from vllm_lrqk.methods.lola.format import Memory, MemoryFormat
@@ -46,9 +46,10 @@ class LolaLayer(Layer):
 
     Args:
         raw: uint8 [num_blocks, KV, memory(...) or more], any content; the last dimension contiguous.
+        directions: of the slope state; None: pseudo-random ones.
 
     Raises:
-        ConfigError: a file of directions or feature maps cannot be used for this model.
+        ConfigError: the file of feature maps cannot be used for this model.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class LolaLayer(Layer):
         shape: LayerShape,
         settings: LolaSettings,
         place: LayerPlace,
+        directions: Directions | None = None,
     ) -> None:
         kv_heads = shape.kv_heads
         memory_format, copies = _format(settings, shape.head_size, shape.torch_dtype, shape.group)
@@ -65,7 +67,7 @@ class LolaLayer(Layer):
             raw = raw.unflatten(-1, (copies, memory_format.block_bytes))
             raw = raw.view(len(raw), kv_heads * copies, memory_format.block_bytes)
         self.memory = Memory(raw, memory_format)
-        self.rules = Rules(settings, _state(settings, shape, place, raw.device), shape.scale)
+        self.rules = Rules(settings, _state(settings, shape, place, directions, raw.device), shape.scale)
         self.kernels = kernels_for(raw.device)
         self.kernels_name = self.kernels.name
 
@@ -102,14 +104,13 @@ class LolaLayer(Layer):
         )
 
 
-def _state(settings: LolaSettings, shape: LayerShape, place: LayerPlace, device: torch.device) -> State:
+def _state(
+    settings: LolaSettings, shape: LayerShape, place: LayerPlace, directions: Directions | None, device: torch.device
+) -> State:
     if settings.state == "none":
         return NoState()
     if settings.feature_maps is not None:
         return HedgehogState(load_feature_maps(settings.feature_maps, shape, place).to(device))
-    rank = settings.state_rank
-    if settings.directions is None:
-        directions = random_directions(shape.kv_heads, shape.head_size, rank)
-    else:
-        directions = load_directions(settings.directions, shape, place, rank)
+    if directions is None:
+        directions = random_directions(shape.kv_heads, shape.head_size, settings.state_rank)
     return SlopeState(directions.to(device), shape.scale)

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 
+from vllm_lrqk.core.calibration import CalibrationSource, ModelIdentity
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.layer import LayerMemory, LayerPlace, LayerShape
 from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts
+from vllm_lrqk.methods.lola.directions import calibrated_directions
 from vllm_lrqk.methods.lola.layer import LolaLayer, memory
 from vllm_lrqk.methods.lola.settings import LolaSettings
 
@@ -23,6 +25,7 @@ class Lola(Method):
     settings_type = LolaSettings
     block_size_setting = "lola.chunk"
     settings: LolaSettings
+    _calibration: CalibrationSource | None = None
 
     def check(self, model: ModelFacts) -> None:
         memory(self.settings, model.head_size, torch.float32, model.heads // model.kv_heads)
@@ -30,6 +33,10 @@ class Lola(Method):
             raise ConfigError(
                 'lola.state is "hedgehog", but only the CPU platform serves it: set it to "slope" or "none".'
             )
+        if self.settings.directions is not None:
+            identity = ModelIdentity.of(model)
+            self._calibration = CalibrationSource("lola.directions", self.settings.directions, identity)
+            self._calibration.open()
 
     def plan(self, head_size: int, dtype: torch.dtype, group: int) -> MemoryPlan:
         size = memory(self.settings, head_size, dtype, group)
@@ -46,4 +53,9 @@ class Lola(Method):
         device: torch.device,
     ) -> LolaLayer:
         assert memory.request_blocks is not None
-        return LolaLayer(memory.request_blocks, shape, self.settings, place)
+        directions = None
+        if self._calibration is not None:
+            moments = self._calibration.open().moments(place, shape.kv_heads)
+            rank = self.settings.state_rank
+            directions = calibrated_directions(moments.query, moments.key, moments.key_mean, rank)
+        return LolaLayer(memory.request_blocks, shape, self.settings, place, directions)
