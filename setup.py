@@ -24,15 +24,10 @@ LIBRARY = "vllm_lrqk._cpu_kernels"
 TORCH_MINIMUM = (2, 10)  # the first stable ABI with parallel_for
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
-SOURCES = {
-    "csrc/bindings.cpp": [],
-    "csrc/cpu/dispatch.cpp": [],
-    "csrc/cpu/scratch.cpp": [],
-    "csrc/cpu/kernels_portable.cpp": [],
-}
-if platform.machine() in ("x86_64", "AMD64"):
-    SOURCES |= {"csrc/cpu/kernels_avx2.cpp": AVX2, "csrc/cpu/kernels_avx512.cpp": AVX512}
+INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512}
+"""Flags of the sources whose names end so, which x86-64 alone builds."""
 FLAGS = [
+    f"-I{ROOT / 'csrc'}",
     "-std=c++20",
     "-O3",
     "-fPIC",
@@ -44,6 +39,14 @@ FLAGS = [
     "-Wno-uninitialized",
     f"-DTORCH_TARGET_VERSION=0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000",
 ]
+
+
+def sources() -> dict[str, list[str]]:
+    """The CPU sources, relative to this folder, each with the flags of its instruction set."""
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    found = [*sorted(ROOT.glob("csrc/bindings/cpu*.cpp")), *sorted(ROOT.glob("csrc/cpu/**/*.cpp"))]
+    flags = {path: INSTRUCTION_SETS.get(path.stem.rpartition("_")[2], []) for path in found}
+    return {str(path.relative_to(ROOT)): of_set for path, of_set in flags.items() if is_x86 or not of_set}
 
 
 def find_torch() -> Path | None:
@@ -90,8 +93,15 @@ class BuildKernels(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # no Python module: one file for every Python version
 
+    def run(self) -> None:
+        self.is_local = bool(self.inplace or self.editable_mode)  # run() of the base class resets the first
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         is_cuda = ext.name == cuda_build.LIBRARY
+        if is_cuda and not cuda_build.is_wanted(self.is_local):
+            say_missing("there is no GPU here (VLLM_LRQK_FORCE_CUDA=1 builds them all the same)", "CUDA")
+            return
         try:
             self._build(ext)
         except RuntimeError as error:
@@ -108,16 +118,17 @@ class BuildKernels(build_ext):
         flags = [*FLAGS, f"-I{torch / 'include'}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
         if ext.name == cuda_build.LIBRARY:
             library = Path(self.get_ext_fullpath(ext.name))
-            cuda_build.build(library, Path(self.build_temp) / "cuda", torch, compiler, flags, self._run)
+            cuda_build.build(library, Path(self.build_temp) / "cuda", torch, compiler, flags, self._run, self.is_local)
             return
 
         def build(source: str) -> str:
-            target = str(objects_folder / (Path(source).stem + ".o"))
-            self._run([*compiler, *flags, *SOURCES[source], "-c", str(ROOT / source), "-o", target])
+            target = str(objects_folder / (source.replace("/", "_") + ".o"))
+            self._run([*compiler, *flags, *all_sources[source], "-c", str(ROOT / source), "-o", target])
             return target
 
+        all_sources = sources()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(build, SOURCES))
+            objects = list(pool.map(build, all_sources))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         self._run([*compiler, "-shared", *objects, "-o", str(library), f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"])
@@ -144,14 +155,14 @@ def extensions() -> list[Extension]:
     missing = what_is_missing()
     if missing:
         say_missing(missing)
-    built = [] if missing else [Extension(LIBRARY, list(SOURCES), optional=True)]
+    built = [] if missing else [Extension(LIBRARY, list(sources()), optional=True)]
     missing_cuda = missing or (
         None if cuda_build.find_nvcc() else "no nvcc (install the CUDA toolkit, or set CUDA_HOME)"
     )
     if cuda_build.is_skipped():
         say_missing("VLLM_LRQK_SKIP_CUDA is set", "CUDA")
     elif missing_cuda is None:
-        built.append(Extension(cuda_build.LIBRARY, [*cuda_build.SOURCES, cuda_build.BINDINGS], optional=True))
+        built.append(Extension(cuda_build.LIBRARY, [*cuda_build.SOURCES, *cuda_build.BINDINGS], optional=True))
     elif cuda_build.is_forced():
         raise SystemExit(f"vllm-lrqk: VLLM_LRQK_FORCE_CUDA is set, but CUDA kernels cannot be built: {missing_cuda}.")
     else:

@@ -9,6 +9,7 @@ of |o - o_dense| / |o_dense|. GPU bytes are factors plus hot rows (see docs/meas
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -18,18 +19,26 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from vllm_lrqk.core.rotary import RotaryTable  # noqa: E402
+from vllm_lrqk.evaluation.attention.aqua import aqua_decode  # noqa: E402
 from vllm_lrqk.evaluation.attention.decoding import (  # noqa: E402
+    CalibratedLayer,
+    PagedLayer,
+    calibrated_on_prompt,
     dense_decode,
     paged_decode,
     published_decode,
     relative_error,
 )
-from vllm_lrqk.evaluation.attention.generator import SETS, generate  # noqa: E402
+from vllm_lrqk.evaluation.attention.generator import SETS, QKVSet, generate  # noqa: E402
 from vllm_lrqk.evaluation.attention.qkv import QKV  # noqa: E402
 from vllm_lrqk.evaluation.reference.published_attention import PublishedSettings  # noqa: E402
+from vllm_lrqk.methods.aqua.settings import AquaConfig  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 
 TOP_K, RECENT_TOKENS = 512, 64
+BASELINE = "published, rank 32"
+"""What bytes are relative to."""
 
 
 def paged(first_chunk: int | None = None, **values: int | float | str) -> dict:
@@ -38,8 +47,27 @@ def paged(first_chunk: int | None = None, **values: int | float | str) -> dict:
     return {"config": config, "first_chunk": first_chunk}
 
 
-CONFIGURATIONS: dict[str, dict | PublishedSettings] = {
-    "published, rank 32": PublishedSettings(rank=32, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
+@dataclass(frozen=True)
+class Calibrated:
+    """Factors of 32 columns, half of them in 4 bits, in a basis calibrated on a share of the prompt."""
+
+    has_value_map: bool
+    """Each page has its own; else the calibration's serves all."""
+    share: float = 1.0
+    page_size: int = 256
+
+    def decode(self, spec: QKVSet, qkv: QKV, steps: int) -> tuple[torch.Tensor, PagedLayer]:
+        config = paged(page_size=self.page_size)["config"]
+        rotary = RotaryTable.from_base(spec.rope_base, spec.head_size, len(qkv.query) + self.page_size)
+        tokens = round(self.share * qkv.prompt_tokens)
+        basis = calibrated_on_prompt(qkv, rotary, 32, self.page_size, tokens)
+        layer = CalibratedLayer(qkv, qkv.prompt_tokens + steps, config, basis, self.has_value_map)
+        return paged_decode(qkv, steps, config, layer=layer)
+
+
+Configuration = dict | PublishedSettings | Calibrated | AquaConfig
+CONFIGURATIONS: dict[str, Configuration] = {
+    BASELINE: PublishedSettings(rank=32, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
     "published, rank 16": PublishedSettings(rank=16, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
     "default": paged(),
     "residual mean": paged(residual="mean"),
@@ -73,16 +101,33 @@ CONFIGURATIONS: dict[str, dict | PublishedSettings] = {
     "no sink tokens": paged(sink_tokens=0),
     **{f"top_k 1024, top_p {share}": paged(top_k=1024, top_p=share) for share in (0.9, 0.8, 0.7, 0.6)},
     "16 tokens' queries": paged(first_chunk=240),
+    "calibrated": Calibrated(has_value_map=True),
+    "calibrated, values too": Calibrated(has_value_map=False),
+    "calibrated on half": Calibrated(has_value_map=True, share=0.5),
+    "half, values too": Calibrated(has_value_map=False, share=0.5),
+    "AQUA 1.0": AquaConfig(keep=1.0),
+    **{f"AQUA {keep}": AquaConfig(keep=keep) for keep in (0.875, 0.75, 0.625, 0.5, 0.25)},
+    **{f"AQUA {keep}, query_head": AquaConfig(keep=keep, choose="query_head") for keep in (0.75, 0.5, 0.25)},
+    "AQUA 1.0, stored 0.75": AquaConfig(keep=1.0, stored=0.75),
+    "AQUA 0.75, stored 0.75": AquaConfig(keep=0.75, stored=0.75),
+    "AQUA 1.0, int8": AquaConfig(keep=1.0, key_dtype="int8"),
+    "AQUA 0.5, int8": AquaConfig(keep=0.5, key_dtype="int8"),
 }
 
 
-def measure(qkv: QKV, dense: torch.Tensor, steps: int, configuration: dict | PublishedSettings) -> dict[str, float]:
+def measure(spec: QKVSet, qkv: QKV, dense: torch.Tensor, steps: int, configuration: Configuration) -> dict[str, float]:
     """Mean and worst head's relative error, GPU bytes and, of ours, rows attended per step and KV head."""
     if isinstance(configuration, PublishedSettings):
         output, published, _ = published_decode(qkv, steps, configuration)
         figures = {"device_bytes": published.device_bytes()}
+    elif isinstance(configuration, AquaConfig):
+        output, device_bytes = aqua_decode(qkv, steps, configuration)
+        figures = {"device_bytes": device_bytes}
     else:
-        output, layer = paged_decode(qkv, steps, **configuration)
+        if isinstance(configuration, Calibrated):
+            output, layer = configuration.decode(spec, qkv, steps)
+        else:
+            output, layer = paged_decode(qkv, steps, **configuration)
         figures = {"device_bytes": layer.device_bytes(), "rows_attended": fmean(layer.rows_attended)}
     error = relative_error(output, dense)
     return {"error": float(error.mean()), "worst_head": float(error.mean(0).max()), **figures}
@@ -93,10 +138,10 @@ def print_table(results: dict[str, dict[str, dict[str, float]]]) -> None:
     sets = list(results)
     print(f"| {'configuration':25} | " + " | ".join(f"{name:19}" for name in sets) + " |")
     print("|" + "---|" * (len(sets) + 1))
-    for name in CONFIGURATIONS:
+    for name in next(iter(results.values())):
         cells = []
         for of_set in results.values():
-            cell, baseline = of_set[name], of_set["published, rank 32"]
+            cell, baseline = of_set[name], of_set[BASELINE]
             share = cell["device_bytes"] / baseline["device_bytes"]
             cells.append(f"{cell['error']:.4f} ({cell['worst_head']:.3f}) {share:.2f}")
         print(f"| {name:25} | " + " | ".join(f"{cell:19}" for cell in cells) + " |")
@@ -106,20 +151,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="sets of the generator")
     parser.add_argument("--steps", type=int, default=24, help="decode steps")
+    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, metavar="CONFIGURATION", help="leave out others")
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
     if not 1 <= arguments.steps <= min(SETS[name].decode_tokens for name in arguments.sets):
         parser.error(f"--steps is {arguments.steps}, but must lie between 1 and the decode tokens of every set")
     torch.set_num_threads(1)
     results: dict[str, dict[str, dict[str, float]]] = {}
-    with tqdm(total=len(arguments.sets) * len(CONFIGURATIONS), unit="run") as progress:
+    chosen = {
+        name: CONFIGURATIONS[name] for name in CONFIGURATIONS if name in (BASELINE, *(arguments.only or CONFIGURATIONS))
+    }
+    with tqdm(total=len(arguments.sets) * len(chosen), unit="run") as progress:
         for name in arguments.sets:
             qkv = generate(SETS[name])
             dense = dense_decode(qkv, arguments.steps)
             results[name] = {}
-            for configuration, settings in CONFIGURATIONS.items():
+            for configuration, settings in chosen.items():
                 progress.set_description(f"{name} {configuration}")
-                results[name][configuration] = measure(qkv, dense, arguments.steps, settings)
+                results[name][configuration] = measure(SETS[name], qkv, dense, arguments.steps, settings)
                 progress.update()
     print_table(results)
     if arguments.json:

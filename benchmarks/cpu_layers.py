@@ -60,7 +60,7 @@ def make_layer(
     block_table = torch.randperm(pool, generator=generator).view(batch, num_pages).int()
     query = torch.empty(batch, HEADS, HEAD_SIZE, dtype=dtype)
     for request in range(batch):
-        writer = _Writer(generator)
+        writer = TokenWriter(generator)
         for index, page in enumerate(block_table[request].tolist()):
             grams = writer.write(host[page], is_first=index == 0)
             kernels.seal_pages(torch.tensor([page]), host, factors, grams[None], config)
@@ -82,7 +82,7 @@ def pack_cache(host: torch.Tensor) -> torch.Tensor:
     return cache
 
 
-class _Writer:
+class TokenWriter:
     """Tokens of one request, page after page."""
 
     def __init__(self, generator: torch.Generator) -> None:

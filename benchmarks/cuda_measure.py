@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm_lrqk.devices import cuda_library, triton_parts
 from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
-from vllm_lrqk.devices.pinned import PinnedMemory, device_address
+from vllm_lrqk.devices.pinned import PinnedMemory, chunk_rows, device_address
 from vllm_lrqk.methods.lrqk import cuda, triton_attend
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
 from vllm_lrqk.methods.lrqk.decode import attend_selection, decode_attention
@@ -25,11 +25,11 @@ class Bench:
     """Measures shapes of one configuration on the current device."""
 
     def __init__(self, config: LRQKConfig, repeats: int, miss_rates: list[float], step_miss_rate: float) -> None:
-        found = cuda_library.operators()
-        if found is None:
-            raise SystemExit("the CUDA kernels are not built: python setup.py build_ext --inplace")
-        self.operators: Any = found
-        self.kernels = cuda.kernels()
+        try:
+            self.operators = cuda_library.load()
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from error
+        self.kernels = cuda.kernels(self.operators)
         self.config, self.repeats = config, repeats
         self.miss_rates, self.step_miss_rate = miss_rates, step_miss_rate
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -122,6 +122,7 @@ class Bench:
             missed = int(step.resolved.miss_count.sum()) * step.hot.format.row_bytes
             row[f"fetch_bandwidth_share {rate:g}"] = 1e3 * missed / fetch / self.pinned_bandwidth if missed else None
         row["step_ms"] = self.milliseconds(step.run, lambda: step.forget(self.step_miss_rate))
+        row["graph_ms"] = self.milliseconds(step.captured().replay, lambda: step.forget(self.step_miss_rate))
         row["kernels_us"] = kernel_times(step.run, lambda: step.forget(self.step_miss_rate))
         row |= self._comparisons(w, step)
         return row
@@ -134,7 +135,13 @@ class Bench:
         pages = torch.empty_like(w.host, device=self.device)
         output = torch.empty_like(w.query)
         arguments = (w.query, pages, w.factors, w.block_table, w.seq_lens, w.scale, self.config, output)
-        copy = self.milliseconds(lambda: pages.copy_(w.host, non_blocking=True))
+        parts = [part.split(chunk_rows(w.host)) for part in (pages, w.host)]
+
+        def copy_all() -> None:
+            for to, source in zip(*parts):
+                to.copy_(source, non_blocking=True)
+
+        copy = self.milliseconds(copy_all)
         in_torch = self.milliseconds(lambda: decode_attention(*arguments))
         rows = pages[w.block_table.long()].transpose(1, 2).flatten(2, 3)[:, :, : w.shape.length]
         key, value = rows[:, :, :, 0].contiguous(), rows[:, :, :, 1].contiguous()
@@ -196,7 +203,14 @@ class StepUnderTest:
         self._chance.uniform_()
         self.hot.tag.sub_((self._chance < rate).int())  # a tag of another row and generation
 
-    def attend_selection(self) -> None:
+    def captured(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph, which is how vLLM runs it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        return graph
+
+    def attend(self) -> None:
         w, parts = self.w, self.path._parts
         splits = self.path._splits(w.shape.batch)
         parts = parts.cut(w.shape.batch * w.shape.kv_heads, splits)

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
+from vllm_lrqk.core.host_pages import allocate_host_pages
 from vllm_lrqk.core.hot_rows import HotFormat
+from vllm_lrqk.devices.pinned import chunk_rows
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
@@ -105,12 +108,12 @@ def make_workload(
     n, kv_heads, d = config.page_size, shape.kv_heads, shape.head_size
     pages = shape.pages(config)
     total = pages * shape.batch
-    host = prepare_host(torch.empty(total, kv_heads, n, 2, d, dtype=shape.dtype))
+    host = prepare_host(allocate_host_pages(total, kv_heads, n, d, shape.dtype))
     raw = torch.zeros(total, kv_heads, shape.page_format(config).page_bytes, dtype=torch.uint8, device=device)
     factors = FactorPages(raw, shape.page_format(config))
     basis = normal(kv_heads, 8, d)
-    for start in range(0, total, PAGES_AT_ONCE):
-        count = min(PAGES_AT_ONCE, total - start)
+    counts = [len(part) for chunk in host.split(chunk_rows(host)) for part in chunk.split(PAGES_AT_ONCE)]
+    for start, count in zip(accumulate(counts, initial=0), counts):
         key = normal(count, kv_heads, n, 8) @ basis + 0.5 * normal(count, kv_heads, n, d)
         rows = torch.stack([key, normal(count, kv_heads, n, d)], 3).to(shape.dtype)
         host[start : start + count].copy_(rows)

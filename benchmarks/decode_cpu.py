@@ -38,7 +38,7 @@ from cpu_layers import (  # noqa: E402
 )
 
 from vllm_lrqk.core.config import ConfigError  # noqa: E402
-from vllm_lrqk.methods.lrqk.dispatch import kernels_for  # noqa: E402
+from vllm_lrqk.methods.lrqk.dispatch import host_kernels  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
 
 DTYPE = torch.bfloat16
@@ -50,7 +50,7 @@ SECONDS = 2.0
 
 def kernel_test_passes() -> bool:
     """A fast part of the test of the kernels that are measured here."""
-    test = ROOT / "tests" / "test_cpu_kernels_decode.py"
+    test = ROOT / "tests/methods/lrqk/test_cpu_decode.py"
     command = [sys.executable, "-m", "pytest", "-q", str(test), "-k", "ragged_batch or selects_by_peaks or threads"]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
@@ -67,7 +67,7 @@ def step_bytes(length: int, batch: int, rows: int, page_bytes: int, config: LRQK
 
 def measure(length: int, batch: int, config: LRQKConfig) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
     """Median milliseconds of both backends and of LRQK's selection alone, their relative errors and bytes."""
-    kernels = kernels_for(torch.device("cpu"))
+    kernels = host_kernels()
     layer = make_layer(length, batch, config, DTYPE, kernels)
     copies = -(-COLD_BYTES // layer.cpu_attn_cache.nbytes)
     layers = [layer] + [layer.clone() for _ in range(copies - 1)]
@@ -151,7 +151,7 @@ def main() -> None:
     ]
     is_green = kernel_test_passes()
     bandwidth = read_bandwidth()
-    name = kernels_for(torch.device("cpu")).name
+    name = host_kernels().name
     title = f"{name}, {arguments.threads} threads, {bandwidth / 1e9:.1f} GB/s read"
     headings = ("lrqk ms", "floor ms", "error", "select ms", "floor ms", "cpu_attn ms", "floor ms", "error", "speed-up")
     table = Table("tokens", "batch", *headings, title=title)

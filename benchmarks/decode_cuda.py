@@ -30,6 +30,7 @@ COLUMNS = {
     "select_bandwidth_share": "of copy bandwidth",
     "attend_ms": "attend",
     "step_ms": "step",
+    "graph_ms": "step in a graph",
     "dense_ms": "dense on GPU",
     "flash_ms": "dense, flash",
     "offload_ms": "plain offload",

@@ -30,7 +30,7 @@ from cpu_layers import HEAD_SIZE, HEADS, KV_HEADS, SCALE, CpuAttn, relative_erro
 
 from vllm_lrqk.core.host_pages import allocate_host_pages  # noqa: E402
 from vllm_lrqk.core.prefill import prefill_attention  # noqa: E402
-from vllm_lrqk.methods.lrqk.dispatch import kernels_for  # noqa: E402
+from vllm_lrqk.methods.lrqk.dispatch import host_kernels  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
 from vllm_lrqk.methods.lrqk.seal import query_grams  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
@@ -55,7 +55,7 @@ class Prompt:
         self.table = torch.arange(pages, dtype=torch.int32)
         self.slot_mapping = torch.arange(length)
         self.chunks = list(pairwise([*range(0, length, chunk), length]))
-        self.kernels = kernels_for(torch.device("cpu"))
+        self.kernels = host_kernels()
         self.output = torch.empty(chunk, HEADS, HEAD_SIZE, dtype=DTYPE)
 
     def lrqk(self, spent: dict[str, float]) -> torch.Tensor:
@@ -148,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     table = Table("tokens", "lrqk tokens/s", "sealing", "append", "error", "cpu_attn tokens/s", "error", "ratio")
-    table.title = f"{kernels_for(torch.device('cpu')).name}, {arguments.threads} threads, chunks of {arguments.chunk:,}"
+    table.title = f"{host_kernels().name}, {arguments.threads} threads, chunks of {arguments.chunk:,}"
     records: list[dict] = []
     for length in tqdm(arguments.lengths, desc="lengths"):
         ours, theirs = measure(length, arguments)

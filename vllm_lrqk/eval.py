@@ -1,4 +1,4 @@
-"""`python -m vllm_lrqk.eval` and `vllm-lrqk eval`."""
+"""`python -m vllm_lrqk.eval`, which is `vllm-lrqk eval`."""
 
 import sys
 
@@ -8,14 +8,6 @@ def main() -> None:
     from vllm_lrqk.evaluation.command import main
 
     main(sys.argv[1:])
-
-
-def command() -> None:
-    """The console script `vllm-lrqk`, of which `eval` is the only command."""
-    if sys.argv[1:2] != ["eval"]:
-        raise SystemExit("usage: vllm-lrqk eval [MODEL] [options]; vllm-lrqk eval --help lists them")
-    del sys.argv[1]
-    main()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,16 @@
 // What every kernel shares: scratch memory, parallel loops, the types behind a DType.
 #pragma once
 
-#include <cstddef>
+#include <cstdint>
 #include <cstring>
 
-#include "args.h"
-
-// Before loops over arrays of vectors, which have to become registers.
-#define LRQK_UNROLL _Pragma("GCC unroll 16")
+#include "cpu/args.h"
+#include "cpu/scratch.h"
+#include "cpu/simd/generic.h"
 
 namespace lrqk {
 
-// Memory of the calling thread, kept between calls and only ever grown: a fresh mapping per decode step would
-// cost more in page faults than the step itself. Aligned to 64 bytes; valid until the next call for the same slot.
-enum class Scratch { kCall, kTask };
-void* scratch(Scratch slot, size_t bytes);
-
 constexpr float kMasked = -1e30f;  // a score that stands for minus infinity and survives subtraction
-constexpr int kMaxGroup = 64;
-constexpr int kMaxPageSize = 1024;
 constexpr float kLog2e = 1.44269504088896340736f;
 
 namespace LRQK_ISA {
@@ -35,12 +27,13 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
+// Not those of <algorithm>: their code would be shared between instruction sets, and come from any of them.
 template <class T>
-inline T smaller(T a, T b) {
+inline T min(T a, T b) {
   return a < b ? a : b;
 }
 template <class T>
-inline T larger(T a, T b) {
+inline T max(T a, T b) {
   return a > b ? a : b;
 }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -102,13 +95,6 @@ inline void for_head_blocks(int heads, const Call& call) {
     g += 2;
   }
   if (heads & 1) call(Count<1>{}, g);
-}
-
-inline void load_as_float(const void* from, DType dtype, int64_t count, float* to) {
-  with_type(dtype, [&](auto tag) {
-    const auto* p = static_cast<const typename decltype(tag)::type*>(from);
-    for (int64_t i = 0; i < count; i += W) store(to + i, load(p + i));
-  });
 }
 
 }  // namespace LRQK_ISA

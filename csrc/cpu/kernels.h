@@ -1,7 +1,28 @@
-// The kernels of one instruction set; included once, by a file that includes its SIMD vocabulary first.
+// All kernels, compiled for the instruction set that the including file has chosen.
 #pragma once
 
-#include "append.h"
-#include "decode.h"
-#include "prefill.h"
-#include "seal.h"
+#include "cpu/append.h"
+#include "cpu/aqua/append.h"
+#include "cpu/aqua/decode.h"
+#include "cpu/dispatch.h"
+#include "cpu/lola/decode.h"
+#include "cpu/lola/prefill.h"
+#include "cpu/lrqk/decode.h"
+#include "cpu/lrqk/low_rank_scorer.h"
+#include "cpu/lrqk/seal.h"
+#include "cpu/prefill.h"
+
+namespace lrqk {
+namespace LRQK_ISA {
+
+constexpr KernelTable kKernels = {
+    .vector_elements = W,
+    .append = append,
+    .prefill = prefill,
+    .aqua = {.decode = aqua::decode, .append = aqua::append},
+    .lola = {.decode = lola::decode, .prefill = lola::prefill},
+    .lrqk = {.decode = decode<LowRankScorer>, .seal = seal},
+};
+
+}  // namespace LRQK_ISA
+}  // namespace lrqk

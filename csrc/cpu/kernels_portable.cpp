@@ -1,7 +1,5 @@
-#include "simd_portable.h"
+#include "cpu/simd/portable.h"
 //
-#include "kernels.h"
+#include "cpu/kernels.h"
 
-namespace lrqk {
-const KernelTable kPortableKernels = {portable::decode, portable::append, portable::seal, portable::prefill, portable::W};
-}  // namespace lrqk
+const lrqk::KernelTable lrqk::kPortableKernels = lrqk::portable::kKernels;

@@ -1,21 +1,23 @@
 // Small float32 matrix products in register tiles.
 #pragma once
 
-#include "common.h"
+#include <cstdint>
+
+#include "cpu/common.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
 
-// c[i, :] = c[i, :] keep[i] + sum_k a[i, k] b[k, :] for kMatmulRows rows i and 2 W columns; without `keep`, c is
+// c[i, :] = c[i, :] rescale[i] + sum_k a[i, k] b[k, :] for kMatmulRows rows i and 2 W columns; without `rescale`, c is
 // overwritten. Element (i, k) of a is at i * a_row + k * a_step.
 template <bool kAdd>
 inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t depth,
-                          float* c, int64_t c_row, const float* keep) {
+                          float* c, int64_t c_row, const float* rescale) {
   F acc[kMatmulRows][2];
   LRQK_UNROLL
   for (int i = 0; i < kMatmulRows; ++i) {
-    acc[i][0] = kAdd ? mul(load(c + i * c_row), set1(keep[i])) : zero();
-    acc[i][1] = kAdd ? mul(load(c + i * c_row + W), set1(keep[i])) : zero();
+    acc[i][0] = kAdd ? mul(load(c + i * c_row), set(rescale[i])) : zero();
+    acc[i][1] = kAdd ? mul(load(c + i * c_row + W), set(rescale[i])) : zero();
   }
   // One pointer for four rows: with one for each, the loop would reload them.
   constexpr int kPointers = (kMatmulRows + 3) / 4;
@@ -25,9 +27,9 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const f
     const F b0 = load(b), b1 = load(b + W);
     LRQK_UNROLL
     for (int i = 0; i < kMatmulRows; ++i) {
-      const F factor = set1(rows[i / 4][i % 4 * a_row]);
-      acc[i][0] = fma(factor, b0, acc[i][0]);
-      acc[i][1] = fma(factor, b1, acc[i][1]);
+      const F factor = set(rows[i / 4][i % 4 * a_row]);
+      acc[i][0] = mul_add(factor, b0, acc[i][0]);
+      acc[i][1] = mul_add(factor, b1, acc[i][1]);
     }
     LRQK_UNROLL
     for (int i = 0; i < kPointers; ++i) {

@@ -1,10 +1,8 @@
+#include "cpu/scratch.h"
+
 #include <cstdlib>
 
-#include "args.h"
-
 namespace lrqk {
-
-enum class Scratch { kCall, kTask };
 
 namespace {
 
@@ -18,8 +16,8 @@ thread_local Block blocks[2];
 
 }  // namespace
 
-void* scratch(Scratch slot, size_t bytes) {
-  Block& block = blocks[static_cast<int>(slot)];
+void* scratch(Scratch purpose, size_t bytes) {
+  Block& block = blocks[static_cast<int>(purpose)];
   if (block.size < bytes) {
     std::free(block.data);
     block.size = (bytes + bytes / 4 + 4095) / 4096 * 4096;

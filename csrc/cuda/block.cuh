@@ -4,19 +4,23 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "args.h"
-#include "launch.cuh"
+#include <cstdint>
+
+#include "cuda/args.h"
+#include "cuda/launch.cuh"
+#include "elements.h"
 
 namespace lrqk::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// The same on the host and on the device, for any pair of integers.
 template <class T>
-__host__ __device__ inline T smaller(T a, T b) {
+__host__ __device__ inline T min(T a, T b) {
   return a < b ? a : b;
 }
 template <class T>
-__host__ __device__ inline T larger(T a, T b) {
+__host__ __device__ inline T max(T a, T b) {
   return a > b ? a : b;
 }
 template <class T>

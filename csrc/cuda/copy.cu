@@ -1,5 +1,5 @@
 // Rows between the host pages and the device: fetch (missing rows), append (new rows), gather (whole pages).
-#include "rows.cuh"
+#include "cuda/rows.cuh"
 
 namespace lrqk::cuda {
 namespace {
@@ -12,10 +12,10 @@ __global__ void __launch_bounds__(kThreads) fetch_kernel(const FetchArgs a) {
   const int64_t index = static_cast<int64_t>(request) * a.kv_heads + kv_head;
   const int misses = a.miss_count[index];
   for (int i = blockIdx.x * kWarps + warp_index(); i < misses; i += gridDim.x * kWarps) {
-    uint8_t* to = a.hot + a.miss_address[index * a.places + i];
-    const int64_t row = a.miss_row[index * a.places + i];
-    if (row >= 0) {
-      copy_row(to, host_row(a.host, row, kv_head), a.host.row_bytes);
+    uint8_t* to = a.hot + a.miss_address[index * a.capacity + i];
+    const int64_t slot = a.miss_slot[index * a.capacity + i];
+    if (slot >= 0) {
+      copy_row(to, host_row(a.host, slot, kv_head), a.host.row_bytes);
     } else {
       join_row(to, a.key + request * a.key_request_stride + kv_head * a.key_head_stride,
                a.value + request * a.value_request_stride + kv_head * a.value_head_stride, a.host.row_bytes);
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendArgs a) {
   if (a.clock && blockIdx.x == 0 && threadIdx.x == 0) ++*a.clock;
   const int token = blockIdx.x * kWarps + warp_index();
   if (token >= a.tokens) return;
-  const int64_t slot = a.slots[token];
+  const int64_t slot = a.slot_mapping[token];
   if (slot < 0 || slot / a.host.page_size >= a.host.num_pages) return;
   if (a.generation && slot % a.host.page_size == 0 && lane_index() == 0) ++a.generation[slot / a.host.page_size];
   for (int head = 0; head < a.kv_heads; ++head) {
@@ -58,7 +58,7 @@ cudaError_t fetch(const FetchArgs& a, cudaStream_t stream) {
 }
 
 cudaError_t append(const AppendArgs& a, cudaStream_t stream) {
-  launch(append_kernel, dim3(larger(ceil_div(a.tokens, kWarps), 1)), kThreads, stream, a);
+  launch(append_kernel, dim3(max(ceil_div(a.tokens, kWarps), 1)), kThreads, stream, a);
   return cudaGetLastError();
 }
 

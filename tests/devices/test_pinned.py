@@ -9,7 +9,7 @@ from cuda_runtime import Runtime
 
 from vllm_lrqk.core.host_pages import allocate_host_pages
 from vllm_lrqk.devices import pinned
-from vllm_lrqk.devices.pinned import PinnedMemory, device_address
+from vllm_lrqk.devices.pinned import PinnedMemory, chunk_rows, device_address
 
 PAGE = mmap.PAGESIZE
 CHUNK = 3 * PAGE
@@ -46,6 +46,8 @@ def test_no_host_page_reaches_into_two_chunks(kv_heads: int, page_size: int, dty
     for pointer in runtime.registered:
         assert (pointer - host.data_ptr()) % page_bytes == 0
         assert pointer % PAGE == 0
+    parts = host.split(chunk_rows(host, 7 * page_bytes + 100))
+    assert [part.data_ptr() for part in parts] == list(runtime.registered)
 
 
 def test_a_chunk_has_a_page_at_least() -> None:

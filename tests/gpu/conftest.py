@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_lrqk.devices import cuda_library
 from vllm_lrqk.devices.pinned import PinnedMemory, device_address
 
 
@@ -25,11 +26,7 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def operators() -> Any:
     """The compiled operators; a machine with a GPU but without them fails instead of skipping."""
-    from vllm_lrqk.devices.cuda_library import operators
-
-    found = operators()
-    assert found is not None, "the CUDA kernels are not built: python setup.py build_ext --inplace"
-    return found
+    return cuda_library.load()
 
 
 @pytest.fixture

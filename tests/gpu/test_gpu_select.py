@@ -1,4 +1,4 @@
-"""Selection on the device, by the CUDA kernels and by Triton, against the plain torch form on the CPU."""
+"""Selection on the device, by the CUDA kernels, against the plain torch form on the CPU."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,13 +9,10 @@ from cpu_kernel_cases import DTYPES, Layer, make_layer
 from selections import HALF, assert_selects_like
 
 from vllm_lrqk.core.selection import Selection
-from vllm_lrqk.methods.lrqk import triton_select
 from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
-
-ROUNDING = {"cuda": HALF, "triton": 0.0}
 
 
 def on_device(layer: Layer, device: torch.device) -> Layer:
@@ -24,31 +21,27 @@ def on_device(layer: Layer, device: torch.device) -> Layer:
     return replace(layer, factors=factors, **moved)
 
 
-@pytest.fixture(params=ROUNDING)
-def run(request: pytest.FixtureRequest, operators: Any, device: torch.device) -> Any:
-    def run_kind(layer: Layer) -> tuple[Selection, float]:
+@pytest.fixture
+def run(operators: Any, device: torch.device) -> Any:
+    def run_layer(layer: Layer) -> Selection:
         there = on_device(layer, device)
-        if request.param == "triton":
-            selection = triton_select.select(*there.select_arguments())
-        else:
-            requests, heads, _ = layer.query.shape
-            kv_heads, pages = layer.host.shape[1], layer.block_table.shape[1]
-            workspace = SelectWorkspace(operators, requests, pages, heads, kv_heads, layer.config, device)
-            workspace._scratch.fill_(0xFF)
-            for _ in range(2):  # the second call finds the state as the first has left it
-                workspace._rows.fill_(-77)
-                workspace._residual.fill_(torch.nan)
-                workspace._residual_factor.fill_(torch.nan)
-                selection = workspace.select(*there.select_arguments()[:-1])
+        requests, heads, _ = layer.query.shape
+        kv_heads, pages = layer.host.shape[1], layer.block_table.shape[1]
+        workspace = SelectWorkspace(operators, requests, pages, heads, kv_heads, layer.config, device)
+        workspace._scratch.fill_(0xFF)
+        for _ in range(2):  # the second call finds the state as the first has left it
+            workspace._positions.fill_(-77)
+            workspace._residual.fill_(torch.nan)
+            workspace._moment.fill_(torch.nan)
+            selection = workspace.select(*there.select_arguments()[:-1])
         left = (None if x is None else x.cpu() for x in (selection.residual, selection.residual_factor))
-        return Selection(selection.rows.cpu(), *left), ROUNDING[request.param]
+        return Selection(selection.rows.cpu(), *left)
 
-    return run_kind
+    return run_layer
 
 
 def check(run: Any, layer: Layer) -> None:
-    actual, rounding = run(layer)
-    assert_selects_like(actual, select(*layer.select_arguments()), layer, rounding)
+    assert_selects_like(run(layer), select(*layer.select_arguments()), layer, HALF)
 
 
 @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])

@@ -1,17 +1,17 @@
-"""The table of kernels on the device: append, seal, prefill and decode from the host pages."""
+"""The kernels on whole pages on the device: append, seal and prefill."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from batches import make_batch
 from cpu_kernel_cases import relative_error
 
+from vllm_lrqk.core.host_pages import append_rows
 from vllm_lrqk.core.prefill import prefill_attention
 from vllm_lrqk.devices import cuda_prefill
+from vllm_lrqk.devices.cuda_library import stream_handle
 from vllm_lrqk.methods.lrqk import cuda, torch_ops
-from vllm_lrqk.methods.lrqk.dispatch import kernels_for
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.seal import query_grams
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
@@ -20,24 +20,20 @@ Pin = Callable[[torch.Tensor], torch.Tensor]
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def test_is_the_table_of_cuda_devices(operators: Any, device: torch.device) -> None:
-    assert kernels_for(device).name == "cuda"
-
-
-def test_append_rows(device: torch.device, pin: Pin) -> None:
+def test_append_rows(operators: Any, device: torch.device, pin: Pin) -> None:
     host = torch.full((6, 2, 16, 2, 64), torch.nan)
     slot_mapping = torch.tensor([17, -1, 95, 32])
     wide = torch.randn(4, 3, 2, 64)
     expected = host.clone()
-    torch_ops.append_rows(wide[:, 0], wide[:, 2], expected, slot_mapping)
-    there = wide.to(device)
-    cuda.kernels().append_rows(there[:, 0], there[:, 2], pin(host), slot_mapping.to(device))
+    append_rows(wide[:, 0], wide[:, 2], expected, slot_mapping)
+    there, stream = wide.to(device), stream_handle(device)
+    operators.cuda_append(there[:, 0], there[:, 2], pin(host), slot_mapping.to(device), None, None, stream)
     torch.cuda.synchronize()
     torch.testing.assert_close(host, expected, equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("with_queries", [True, False])
-def test_seal_pages(device: torch.device, pin: Pin, with_queries: bool) -> None:
+def test_seal_pages(operators: Any, device: torch.device, pin: Pin, with_queries: bool) -> None:
     """By what the pages say about scores: factors themselves may differ in sign and rounding."""
     config = LRQKConfig(rank=8, page_size=64)
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +47,8 @@ def test_seal_pages(device: torch.device, pin: Pin, with_queries: bool) -> None:
     expected = FactorPages(torch.zeros(30, 2, page_format.page_bytes, dtype=torch.uint8), page_format)
     torch_ops.seal_pages(pages, host, expected, grams, config)
     factors = FactorPages(torch.zeros_like(expected.raw, device=device), page_format)
-    cuda.kernels().seal_pages(pages.to(device), pin(host), factors, None if grams is None else grams.to(device), config)
+    grams = None if grams is None else grams.to(device)
+    cuda.kernels(operators).seal_pages(pages.to(device), pin(host), factors, grams, config)
     actual = FactorPages(factors.raw.cpu(), page_format)
 
     def product(side: FactorPages) -> torch.Tensor:
@@ -64,7 +61,9 @@ def test_seal_pages(device: torch.device, pin: Pin, with_queries: bool) -> None:
 
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 @pytest.mark.parametrize("context_len", [0, 1, 255, 256, 4096, 10_000])
-def test_prefill_attention(device: torch.device, pin: Pin, context_len: int, dtype: torch.dtype) -> None:
+def test_prefill_attention(
+    operators: Any, device: torch.device, pin: Pin, context_len: int, dtype: torch.dtype
+) -> None:
     host = torch.randn(64, 2, 256, 2, 64).to(dtype)
     pages = torch.randperm(64)[:50].int()
     query, key, value = (torch.randn(77, heads, 64).to(dtype) for heads in (8, 2, 2))
@@ -74,22 +73,5 @@ def test_prefill_attention(device: torch.device, pin: Pin, context_len: int, dty
     there = (query.to(device), key.to(device), value.to(device), pin(host), pages.to(device), context_len, 64**-0.5)
     for attention in {cuda_prefill.torch_attention, cuda_prefill.default_attention()}:
         output = torch.full_like(query, torch.nan, device=device)
-        cuda.kernels().prefill_attention(*there, output, attention=attention)
+        cuda.kernels(operators).prefill_attention(*there, output, attention=attention)
         assert relative_error(output.cpu(), expected) < ROUNDING[dtype]
-
-
-@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
-def test_decode_from_host_pages(device: torch.device, pin: Pin, dtype: torch.dtype) -> None:
-    config = LRQKConfig(rank=8, page_size=16, top_k=700)
-    batch = make_batch([1, 33, 200, 650], config, dtype=dtype, d=64, group=4)
-    expected = torch.empty(batch.query.shape)
-    tail = (batch.scale, config)
-    torch_ops.decode_attention(
-        batch.query, batch.host, batch.factors, batch.block_table, batch.seq_lens, *tail, expected
-    )
-    factors = FactorPages(batch.factors.raw.to(device), batch.factors.format)
-    query, table, lens = (x.to(device) for x in (batch.query, batch.block_table, batch.seq_lens))
-    output = torch.full_like(query, torch.nan)
-    attended = cuda.kernels().decode_attention(query, pin(batch.host), factors, table, lens, *tail, output)
-    assert attended.tolist() == [2, 66, 400, 1300]
-    assert relative_error(output.cpu(), expected) < ROUNDING[dtype]

@@ -31,16 +31,22 @@ def vllm_config(device: str) -> Any:
     return SimpleNamespace(device_config=SimpleNamespace(device_type=device))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the CUDA kernels are looked for: nothing is there yet."""
     path = tmp_path / "_cuda_kernels.so"
-    path.touch()
     monkeypatch.setattr(cuda_library, "LIBRARY", path)
+    monkeypatch.setattr(cuda_library, "load", cuda_library.load.__wrapped__)
     return path
 
 
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_library, "load", lambda: object())
+
+
 @pytest.mark.parametrize(("head_size", "tokens"), [(64, 2048), (96, 8192), (128, 131072), (256, 1 << 20)])
-def test_what_can_be_served_passes(head_size: int, tokens: int) -> None:
+def test_what_can_be_served_passes(head_size: int, tokens: int, loaded: None) -> None:
     check(CONFIG, head_size, tokens)
     check(replace(CONFIG, hot_cache=True, rank=64), head_size, tokens)
 
@@ -55,7 +61,7 @@ def test_what_can_be_served_passes(head_size: int, tokens: int) -> None:
         ({"tokens": 1 << 22}, CONFIG, ["--max-model-len", "4194304", "4194048"]),
     ],
 )
-def test_one_sentence(settings: dict[str, int], config: LRQKConfig, words: list[str]) -> None:
+def test_one_sentence(settings: dict[str, int], config: LRQKConfig, words: list[str], loaded: None) -> None:
     with pytest.raises(ConfigError) as error:
         check(config, **settings)
     message = str(error.value)
@@ -65,9 +71,15 @@ def test_one_sentence(settings: dict[str, int], config: LRQKConfig, words: list[
 
 
 def test_missing_kernels(library: Path) -> None:
-    library.unlink()
     with pytest.raises(ConfigError, match="without its CUDA kernels: install it again with nvcc"):
         check(CONFIG)
+
+
+def test_kernels_that_do_not_load(library: Path) -> None:
+    library.write_bytes(b"no library")
+    with pytest.raises(ConfigError, match=r"do not load: install it again .*_cuda_kernels\.so says: .*\.$") as error:
+        check(CONFIG)
+    assert "\n" not in str(error.value)
 
 
 def test_share_of_pinned_memory() -> None:
@@ -85,11 +97,9 @@ def test_graph_support(builder: Any) -> None:
 
 def test_compute_capability() -> None:
     capabilities = {major: SimpleNamespace(major=major) for major in (7, 8, 9, 12)}
-    served = [
-        major for major, value in capabilities.items() if backend_class("LRQK").supports_compute_capability(value)
-    ]
-    assert served == [8, 9, 12]
-    assert backend_class("LRQK").supports_compute_capability(None)  # the CPU platform has none
+    supports = backend_class("LRQK").supports_compute_capability
+    assert [major for major, value in capabilities.items() if supports(value)] == [8, 9, 12]
+    assert supports(None)  # the CPU platform has none
 
 
 def test_device_of_the_cpu_platform() -> None:

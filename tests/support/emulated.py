@@ -11,7 +11,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.c*")), *sorted((ROOT / "tests/support/cuda_emulation").iterdir())]
+EMULATION = ROOT / "tests/support/cuda_emulation"
+SOURCES = [
+    *sorted((ROOT / "csrc/cuda").rglob("*.cu")),
+    *sorted((ROOT / "csrc/bindings").glob("cuda*.cpp")),
+    EMULATION / "cuda_emulator.cpp",
+]
+HEADERS = sorted(path for folder in (ROOT / "csrc", EMULATION) for path in folder.rglob("*.*h"))
 TORCH = Path(torch.__file__).parent
 FLAGS = [
     "-std=c++20",
@@ -24,7 +30,8 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DLRQK_NAMESPACE=vllm_lrqk_emulated",
     "-DLRQK_DEVICE=CPU",
-    f"-I{ROOT / 'tests/support/cuda_emulation'}",
+    f"-I{EMULATION}",
+    f"-I{ROOT / 'csrc'}",
     f"-I{TORCH / 'include'}",
 ]
 
@@ -42,16 +49,15 @@ def emulated_operators() -> Any:
     cuda, compiler = cuda_folder(), shutil.which("g++")
     if cuda is None or compiler is None:
         pytest.skip("the emulated CUDA kernels need g++ and the CUDA toolkit's headers", allow_module_level=True)
-    text = b"".join(path.read_bytes() for path in [*SOURCES, *sorted((ROOT / "csrc/cuda").glob("*.h"))])
+    text = b"".join(path.read_bytes() for path in [*SOURCES, *HEADERS])
     mark = hashlib.sha256(text + torch.__version__.encode() + " ".join(FLAGS).encode()).hexdigest()[:16]
     folder = ROOT / "build/emulated_cuda"
     library = folder / f"{mark}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         flags = [*FLAGS, f"-I{cuda / 'include'}"]
-        sources = [path for path in SOURCES if path.suffix in (".cu", ".cpp")]
-        objects = [folder / f"{mark}_{path.stem}.o" for path in sources]
-        for source, target in zip(sources, objects):
+        objects = [folder / f"{mark}_{i}.o" for i in range(len(SOURCES))]
+        for source, target in zip(SOURCES, objects):
             subprocess.run([compiler, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
         link = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch"]
         subprocess.run([compiler, "-shared", *objects, "-o", library, *link], check=True)

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_lrqk.devices import triton_parts
-from vllm_lrqk.methods.lrqk import triton_attend, triton_select
+from vllm_lrqk.methods.lrqk import triton_attend
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -62,32 +62,12 @@ def combine_source(dtype: str) -> ASTSource:
     return make_source(triton_parts._combine_kernel, signature, constants)
 
 
-def score_source(dtype: str, factor: str, word: int) -> ASTSource:
-    signature = dict.fromkeys(triton_select._score_kernel.arg_names, "i32")
-    signature |= {"query": f"*{TYPES[dtype]}", "words": f"*{factor}", "projection": f"*{factor}"}
-    signature |= {"column_scale": "*fp32", "block_table": "*i32", "ends": "*i64", "scores": "*fp32", "scale": "fp32"}
-    constants = {
-        "KV_HEADS": 8,
-        "GROUP": 4,
-        "GROUP_BLOCK": 16,
-        "HEAD_SIZE": 128,
-        "HEAD_BLOCK": 128,
-        "RANK": 16,
-        "RANK_BLOCK": 16,
-        "WORD": word,
-        "PAGE_SIZE": 256,
-        "TOKENS": 64,
-    }
-    return make_source(triton_select._score_kernel, signature, constants)
-
-
 def main() -> None:
     sources = {f"attend {dtype} {group} {size}": attend_source(dtype, group, size)
                for dtype in TYPES for group, size in ((4, 128), (7, 96), (1, 64))}  # fmt: skip
     sources |= {f"attend {dtype} linear {kind}": attend_source(dtype, 4, 128, kind)
                 for dtype in TYPES for kind in ("i8", "bf16")}  # fmt: skip
     sources |= {f"combine {dtype}": combine_source(dtype) for dtype in TYPES}
-    sources |= {f"score {kind}": score_source("bfloat16", kind, word) for kind, word in (("i8", 4), ("bf16", 2))}
     for capability in map(int, sys.argv[1:]):
         for name, source in sources.items():
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})

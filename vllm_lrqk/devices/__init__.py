@@ -15,7 +15,4 @@ def cuda_operators(device: torch.device) -> Any | None:
         return None
     from vllm_lrqk.devices import cuda_library
 
-    operators = cuda_library.operators()
-    if operators is None:
-        raise RuntimeError(f"the CUDA kernels of vllm-lrqk do not load from {cuda_library.LIBRARY}")
-    return operators
+    return cuda_library.load()

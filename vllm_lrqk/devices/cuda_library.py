@@ -1,38 +1,39 @@
 """Loads the compiled CUDA kernels: csrc/cuda behind torch.ops.vllm_lrqk."""
 
-import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
 LIBRARY = Path(__file__).parent.parent / "_cuda_kernels.so"
 
 
 @cache
-def operators() -> Any | None:
-    """The operators whose names begin with cuda_, or None where they were not built or do not load."""
+def load() -> Any:
+    """The operators whose names begin with cuda_. Needs no GPU.
+
+    Raises:
+        RuntimeError: in one sentence, why there are none: the library was not built, or it does not load.
+    """
     if not LIBRARY.exists():
-        logger.warning("CUDA kernels of vllm-lrqk were not built when it was installed; using Triton and torch.")
-        return None
+        raise RuntimeError(
+            "vllm-lrqk was installed without its CUDA kernels: install it again with nvcc on the path and "
+            f"VLLM_LRQK_FORCE_CUDA=1, as docs/cuda.md says; {LIBRARY} does not exist."
+        )
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        logger.warning("CUDA kernels of vllm-lrqk do not load (%s); using Triton and torch.", error)
-        return None
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")  # torch hides the loader's words
+        raise RuntimeError(
+            f"The CUDA kernels of vllm-lrqk do not load: install it again beside this torch; {LIBRARY} says: {reason}."
+        ) from error
     return torch.ops.vllm_lrqk
 
 
 def stream_handle(device: torch.device) -> int:
     """The current stream of a device as the operators take it."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the device's current stream is being captured into a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @cache

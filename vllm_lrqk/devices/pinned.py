@@ -29,14 +29,23 @@ class Runtime(Protocol):
     def cudaHostUnregister(self, pointer: int) -> Any: ...
 
 
-def chunk_starts(start: int, end: int, chunk_bytes: int, unit_bytes: int) -> Iterator[tuple[int, int]]:
-    """First and past-the-last address of each chunk.
+def chunk_rows(tensor: torch.Tensor, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows of the first dimension that one registration takes.
 
-    Only at the ends does a chunk share a page of the system. Where `start` is at a page of the system, chunks end
-    between two units, so that a copy of one never reaches from one registration into another.
+    CUDA refuses a copy that reaches from one registration into another, so larger copies go part by part:
+    `tensor.split(chunk_rows(tensor))`. That holds for tensors that begin at a page of the system.
     """
-    unit = math.lcm(unit_bytes, mmap.PAGESIZE)
-    step = max(unit, chunk_bytes // unit * unit)
+    row_bytes = tensor.stride(0) * tensor.itemsize
+    unit = math.lcm(row_bytes, mmap.PAGESIZE)
+    return max(unit, chunk_bytes // unit * unit) // row_bytes
+
+
+def chunk_starts(start: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    """First and past-the-last address of each chunk; only at the ends does a chunk share a page of the system.
+
+    Args:
+        step: bytes, a multiple of the system's page.
+    """
     stop = start // mmap.PAGESIZE * mmap.PAGESIZE
     while start < end:
         stop += step
@@ -62,8 +71,8 @@ class PinnedMemory:
         self._runtime = runtime
         self._chunks: list[int] = []
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        unit = tensor.stride(0) * tensor.itemsize
-        for pointer, stop in chunk_starts(start, end, chunk_bytes, unit):
+        step = chunk_rows(tensor, chunk_bytes) * tensor.stride(0) * tensor.itemsize
+        for pointer, stop in chunk_starts(start, end, step):
             error = int(runtime.cudaHostRegister(pointer, stop - pointer, _REGISTER_FLAGS))
             if error:
                 self.release()

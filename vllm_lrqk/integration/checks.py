@@ -48,9 +48,15 @@ def check_model(vllm_config: Any, chosen: Method) -> None:
     if chosen.settings.capture is not None:
         _check_capture(vllm_config, f"{chosen.settings.key}.capture", chosen.settings.capture)
     _check_engine(vllm_config, method)
-    ranks = vllm_config.parallel_config.tensor_parallel_size
+    chosen.check(model_facts(vllm_config))
+
+
+def model_facts(vllm_config: Any) -> ModelFacts:
+    """What a method may ask of the model."""
+    model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
     heads = model.get_num_attention_heads(vllm_config.parallel_config) * ranks, model.get_total_num_kv_heads()
-    chosen.check(ModelFacts(name, model.get_head_size(), *heads, model.max_model_len, text.to_dict()))
+    config = model.hf_text_config.to_dict()
+    return ModelFacts(model.model, model.get_head_size(), *heads, model.max_model_len, config)
 
 
 def _check_capture(vllm_config: Any, field: str, folder: str) -> None:

@@ -50,6 +50,7 @@ class MethodImpl(AttentionImpl):
         self.capture: LayerCapture | None = None
         self.workspace: Any = None
         self.companion_name: str | None = None
+        self._companion: CompanionLayer | None = None
         self._owns_requests = False
         self._is_prepared = False
 
@@ -84,8 +85,8 @@ class MethodImpl(AttentionImpl):
         if plan.is_paged and plan.blocks_per_request:
             self.companion_name = f"{own_name}.lrqk_request_blocks"
             expected.append(self.companion_name)
-            companion = layers[self.companion_name] = CompanionLayer(self.num_kv_heads, self.head_size)
-            compat.on_kv_cache_bound(companion, partial(on_bound, self.companion_name))
+            self._companion = layers[self.companion_name] = CompanionLayer(self.num_kv_heads, self.head_size)
+            compat.on_kv_cache_bound(self._companion, partial(on_bound, self.companion_name))
         self.workspace = self._shared_workspace(layers)
 
     def _place(self, name: str) -> LayerPlace:
@@ -106,9 +107,8 @@ class MethodImpl(AttentionImpl):
     def release(self) -> None:
         """Let go of vLLM's memory and of the worker; no step may follow before new memory is bound."""
         self.worker = self.layer = None
-        if self.companion_name is not None:
-            companion = self._vllm_config.compilation_config.static_forward_context[self.companion_name]
-            companion.kv_cache = torch.tensor([])
+        if self._companion is not None:
+            self._companion.kv_cache = torch.tensor([])
 
     def forward(
         self,

@@ -7,6 +7,8 @@ if TYPE_CHECKING:  # every process of vLLM loads the plugin: names alone must co
     from vllm_lrqk.core.method import Method
 
 METHODS = {
+    "AQUA": "vllm_lrqk.methods.aqua.method:Aqua",
+    "LOLA": "vllm_lrqk.methods.lola.method:Lola",
     "LRQK": "vllm_lrqk.methods.lrqk.method:LRQK",
 }
 """Backend name and class of each method."""

@@ -5,7 +5,7 @@ import torch
 from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, Layer, make_layer, relative_error
 
 from vllm_lrqk.core.selection import candidate_range
-from vllm_lrqk.methods.lrqk.dispatch import force_kernels, kernels_for
+from vllm_lrqk.methods.lrqk.dispatch import force_kernels, host_kernels
 from vllm_lrqk.methods.lrqk.score import proxy_scores
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 from vllm_lrqk.methods.lrqk.torch_ops import kernels as torch_kernels
@@ -206,7 +206,7 @@ class TestAgainstTorch:
 
 
 def test_best_instruction_set_is_the_default() -> None:
-    assert kernels_for(torch.device("cpu")).name == f"cpu-{INSTRUCTION_SETS[0]}"
+    assert host_kernels().name == f"cpu-{INSTRUCTION_SETS[0]}"
 
 
 def test_unknown_kernels_are_refused() -> None:

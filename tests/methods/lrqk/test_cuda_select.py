@@ -1,10 +1,9 @@
-"""The CUDA selection kernels, emulated, and the Triton ones, interpreted, against their plain torch form."""
+"""The CUDA selection kernels, emulated, against their plain torch form."""
 
 import pytest
 import torch
 from cpu_kernel_cases import DTYPES, Layer, make_layer
 from emulated import emulated_operators
-from interpreted import interpreted_kernels
 from selections import HALF, assert_selects_like
 
 from vllm_lrqk.core.selection import Selection
@@ -12,9 +11,6 @@ from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace
 from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
-triton_select = interpreted_kernels("methods.lrqk.triton_select")
-ROUNDING = {"emulated": HALF, "interpreted": 0.0}
-KINDS = list(ROUNDING)
 RESIDUALS = ["mean", "linear"]
 CPU = torch.device("cpu")
 
@@ -25,82 +21,79 @@ def workspace_for(layer: Layer, requests: int = 0, pages: int = 0) -> SelectWork
     kv_heads = layer.host.shape[1]
     workspace = SelectWorkspace(emulated_operators(), requests, pages, heads, kv_heads, layer.config, CPU)
     workspace._scratch.fill_(0xFF)
-    workspace._rows.fill_(-77)
+    workspace._positions.fill_(-77)
     workspace._residual.fill_(torch.nan)
-    workspace._residual_factor.fill_(torch.nan)
+    workspace._moment.fill_(torch.nan)
     return workspace
 
 
-def run(kind: str, layer: Layer, workspace: SelectWorkspace | None = None) -> Selection:
-    if kind == "interpreted":
-        return triton_select.select(*layer.select_arguments())
+def run(layer: Layer, workspace: SelectWorkspace | None = None) -> Selection:
     return (workspace or workspace_for(layer)).select(*layer.select_arguments()[:-1])
 
 
-def check(kind: str, layer: Layer) -> None:
-    actual = run(kind, layer)
+def check(layer: Layer) -> None:
+    actual = run(layer)
     config = layer.config
     assert actual.rows.shape[-1] == config.attended_rows
-    assert_selects_like(actual, select(*layer.select_arguments()), layer, ROUNDING[kind])
+    assert_selects_like(actual, select(*layer.select_arguments()), layer, HALF)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 class TestAgainstTorch:
     @pytest.mark.parametrize("residual", RESIDUALS)
-    def test_lengths(self, kind: str, residual: str) -> None:
+    def test_lengths(self, residual: str) -> None:
         config = LRQKConfig(page_size=32, top_k=100, residual=residual)
-        check(kind, make_layer([1, 2, 63, 64, 65, 160, 171, 172, 173, 500, 1000], config))
+        check(make_layer([1, 2, 63, 64, 65, 160, 171, 172, 173, 500, 1000], config))
 
     @pytest.mark.parametrize("residual", RESIDUALS)
     @pytest.mark.parametrize("top_k", [1, 16, 435, 436, 437, 5000])
-    def test_top_k(self, kind: str, top_k: int, residual: str) -> None:
+    def test_top_k(self, top_k: int, residual: str) -> None:
         """500 tokens have 436 - 4 candidates."""
-        check(kind, make_layer([500], LRQKConfig(page_size=16, top_k=top_k, residual=residual)))
+        check(make_layer([500], LRQKConfig(page_size=16, top_k=top_k, residual=residual)))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     @pytest.mark.parametrize("residual", RESIDUALS)
-    def test_dtypes(self, kind: str, dtype: torch.dtype, factor_dtype: str, residual: str) -> None:
+    def test_dtypes(self, dtype: torch.dtype, factor_dtype: str, residual: str) -> None:
         config = LRQKConfig(page_size=64, top_k=128, factor_dtype=factor_dtype, residual=residual)
-        check(kind, make_layer([700, 64, 260], config, dtype))
+        check(make_layer([700, 64, 260], config, dtype))
 
     @pytest.mark.parametrize("page_size", [16, 64, 128, 256, 1024])
     @pytest.mark.parametrize("residual", RESIDUALS)
-    def test_page_size(self, kind: str, page_size: int, residual: str) -> None:
-        check(kind, make_layer([2500, 333], LRQKConfig(page_size=page_size, top_k=200, residual=residual)))
+    def test_page_size(self, page_size: int, residual: str) -> None:
+        check(make_layer([2500, 333], LRQKConfig(page_size=page_size, top_k=200, residual=residual)))
 
     @pytest.mark.parametrize("rank", [4, 12, 20, 32, 64])
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     @pytest.mark.parametrize("residual", RESIDUALS)
-    def test_rank(self, kind: str, rank: int, factor_dtype: str, residual: str) -> None:
+    def test_rank(self, rank: int, factor_dtype: str, residual: str) -> None:
         config = LRQKConfig(page_size=64, top_k=100, rank=rank, factor_dtype=factor_dtype, residual=residual)
-        check(kind, make_layer([400], config))
+        check(make_layer([400], config))
 
     @pytest.mark.parametrize(("head_size", "group"), [(64, 1), (96, 2), (128, 4), (256, 7), (128, 8), (64, 12)])
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     @pytest.mark.parametrize("residual", RESIDUALS)
-    def test_heads(self, kind: str, head_size: int, group: int, factor_dtype: str, residual: str) -> None:
+    def test_heads(self, head_size: int, group: int, factor_dtype: str, residual: str) -> None:
         config = LRQKConfig(page_size=32, top_k=100, factor_dtype=factor_dtype, residual=residual)
-        check(kind, make_layer([600], config, head_size=head_size, group=group))
+        check(make_layer([600], config, head_size=head_size, group=group))
 
     @pytest.mark.parametrize("group", [1, 2, 3, 12])
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
-    def test_highest_rank_of_each_number_of_heads(self, kind: str, group: int, factor_dtype: str) -> None:
+    def test_highest_rank_of_each_number_of_heads(self, group: int, factor_dtype: str) -> None:
         config = LRQKConfig(page_size=64, top_k=100, rank=60, factor_dtype=factor_dtype, residual="linear")
-        check(kind, make_layer([400], config, group=group))
+        check(make_layer([400], config, group=group))
 
     @pytest.mark.parametrize(("sink_tokens", "recent_tokens"), [(0, 1), (1, 17), (40, 64), (300, 5)])
     @pytest.mark.parametrize("residual", RESIDUALS)
-    def test_sink_and_recent(self, kind: str, sink_tokens: int, recent_tokens: int, residual: str) -> None:
+    def test_sink_and_recent(self, sink_tokens: int, recent_tokens: int, residual: str) -> None:
         tokens = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
         config = LRQKConfig(page_size=16, top_k=50, residual=residual, **tokens)
-        check(kind, make_layer([300, 32, 5, 41], config))
+        check(make_layer([300, 32, 5, 41], config))
 
-    def test_no_residual(self, kind: str) -> None:
-        check(kind, make_layer([300, 32], LRQKConfig(page_size=16, top_k=50, residual="none")))
+    def test_no_residual(self) -> None:
+        check(make_layer([300, 32], LRQKConfig(page_size=16, top_k=50, residual="none")))
 
     @pytest.mark.parametrize("residual", RESIDUALS)
-    def test_needle_page_keeps_its_residual(self, kind: str, residual: str) -> None:
+    def test_needle_page_keeps_its_residual(self, residual: str) -> None:
         """A page whose selected token holds nearly all of its weight: what is left must not drown in rounding."""
         config = LRQKConfig(page_size=16, top_k=1, recent_tokens=1, sink_tokens=0, rank=4, residual=residual)
         layer = make_layer([33], config, kv_heads=1, group=1)
@@ -111,15 +104,15 @@ class TestAgainstTorch:
         layer.factors.key_factor_words[layer.block_table[0, 0], 0, 0, 5, 0] = 40
         layer.query[:] = 0
         layer.query[0, 0, 0] = 8.0  # with a scale of 1/8: scores of 40 and 0
-        check(kind, layer)
+        check(layer)
 
     @pytest.mark.parametrize("residual", RESIDUALS)
-    def test_padding_is_inert(self, kind: str, residual: str) -> None:
+    def test_padding_is_inert(self, residual: str) -> None:
         """A request of length 0, whose block table and query mean nothing."""
         layer = make_layer([300, 16, 500], LRQKConfig(page_size=16, top_k=50, residual=residual))
         expected = select(*layer.select_arguments())
         layer.seq_lens[1], layer.query[1], layer.block_table[1] = 0, torch.nan, 1 << 30
-        actual = run(kind, layer)
+        actual = run(layer)
         assert actual.residual is not None
         assert (actual.rows[1] == -1).all()
         assert (actual.residual[1] == -torch.inf).all()
@@ -129,14 +122,14 @@ class TestAgainstTorch:
         expected.residual[1] = -torch.inf
         if expected.residual_factor is not None:
             expected.residual_factor[1] = 0
-        assert_selects_like(actual, expected, layer, ROUNDING[kind])
+        assert_selects_like(actual, expected, layer, HALF)
 
 
 def test_equal_weights_choose_the_first() -> None:
     """More ties than the list has room for, over several chunks."""
     layer = make_layer([20000], LRQKConfig(page_size=256, top_k=77), kv_heads=1, group=1)
     layer.query.zero_()
-    rows = run("emulated", layer).rows[0, 0]
+    rows = run(layer).rows[0, 0]
     assert rows[:77].tolist() == list(range(4, 81))
 
 
@@ -154,12 +147,12 @@ def test_ties_before_heavier_tokens() -> None:
     layer.query[:] = 0
     layer.query[0, 0, 0] = 8.0
     heavier = range(70 * 256 + 100, 70 * 256 + 110)
-    assert run("emulated", layer).rows[0, 0, :20].tolist() == [*range(4, 14), *heavier]
+    assert run(layer).rows[0, 0, :20].tolist() == [*range(4, 14), *heavier]
 
 
 def test_rows_are_in_order_over_chunks() -> None:
     layer = make_layer([9000], LRQKConfig(page_size=256, top_k=600))
-    selection = run("emulated", layer)
+    selection = run(layer)
     assert_selects_like(selection, select(*layer.select_arguments()), layer, HALF)
     chosen = selection.rows[..., :600]
     assert (chosen.diff(dim=-1) > 0).all()
@@ -172,20 +165,14 @@ def test_memory_is_used_again(residual: str) -> None:
     layers = [make_layer(lengths, config, seed=i) for i, lengths in enumerate([[700, 40], [300], [64, 1, 999], [700]])]
     workspace = workspace_for(layers[2], requests=4, pages=40)
     for layer in [*layers, *layers]:
-        actual = run("emulated", layer, workspace)
+        actual = run(layer, workspace)
         assert_selects_like(actual, select(*layer.select_arguments()), layer, HALF)
 
 
-def test_workspace_knows_what_fits() -> None:
+def test_a_batch_that_does_not_fit_is_refused() -> None:
     layer = make_layer([300], LRQKConfig(page_size=32, top_k=100))
     workspace = workspace_for(layer)
-    arguments = (layer.query, layer.block_table, 2, layer.config)
-    assert workspace.fits(*arguments)
-    assert not workspace.fits(layer.query.repeat(2, 1, 1), *arguments[1:])
-    assert not workspace.fits(layer.query, layer.block_table.repeat(1, 2), *arguments[2:])
     with pytest.raises(RuntimeError, match="state has room"):
-        workspace.operators.cuda_select(
-            layer.query.repeat(2, 1, 1), layer.factors.raw, layer.block_table.repeat(2, 1), layer.seq_lens.repeat(2),
-            1.0, 16, True, 0, 0, 32, 100, 64, 4, workspace._rows.view(1, 2, -1), None, None,
-            workspace._state, workspace._scratch, 1, 0,
-        )  # fmt: skip
+        workspace.select(
+            layer.query.repeat(2, 1, 1), layer.factors, layer.block_table.repeat(2, 1), layer.seq_lens.repeat(2), 1.0
+        )

@@ -126,3 +126,16 @@ def test_requests_at_once_keep_the_block_table_aligned() -> None:
     count = requests_at_once(emulated_operators(), 256, 512, 32, 8, 3000, LRQKConfig())
     assert 32 <= count <= 42
     assert count % 4 == 0
+
+
+def test_memory_of_steps_is_float32_whatever_the_default() -> None:
+    """vLLM loads a model with its type as torch's default, and the memory is taken meanwhile."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layers = ServedLayers(emulated_operators(), SPARSE, CPU, dtype=torch.bfloat16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    a, b = layers.admit(), layers.admit()
+    layers.run([(a, 21), (b, 15)])
+    for _ in range(3):
+        assert layers.run([(a, 1), (b, 1)]) < 0.1  # of one of 12 rows, and bfloat16

@@ -20,7 +20,11 @@ DEFAULT = PageFormat(page_size=256, head_size=128, rank=16)
 )
 def test_offsets_are_pinned(page_format, offsets, bytes_per_token):
     """Kernels rely on these; 256 * 16 = 4096 bytes of A, then 16 * 128 of X, 16 float32 and 128 bfloat16."""
-    assert (page_format.projection_offset, page_format.scale_offset, page_format.value_mean_offset) == offsets
+    assert (
+        page_format.projection_offset,
+        page_format.projection_scale_offset,
+        page_format.value_mean_offset,
+    ) == offsets
     assert page_format.bytes_per_token == bytes_per_token
     assert page_format.page_bytes == bytes_per_token * page_format.page_size
 
@@ -56,10 +60,10 @@ def test_sections_are_aligned_and_apart(page_size, head_size, rank, dtype, value
     ends = [
         page_size * rank * dtype.itemsize,
         f.projection_offset + rank * head_size * dtype.itemsize,
-        f.scale_offset + rank * 4,
+        f.projection_scale_offset + rank * 4,
         f.value_mean_offset + head_size * 2,
     ]
-    starts = [f.projection_offset, f.scale_offset, f.value_mean_offset]
+    starts = [f.projection_offset, f.projection_scale_offset, f.value_mean_offset]
     if value_rank:
         starts += [f.value_projection_offset, f.value_scale_offset, f.key_factor_mean_offset]
         ends += [

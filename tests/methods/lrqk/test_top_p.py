@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 import torch
 from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, Layer, make_layer
-from interpreted import interpreted_kernels
 
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.counters import Counters
@@ -14,20 +13,18 @@ from vllm_lrqk.core.selection import Selection, candidate_range, heaviest
 from vllm_lrqk.core.step import build_step
 from vllm_lrqk.methods.lrqk.cpu_decoders import TALLIES, InPlaceDecoder
 from vllm_lrqk.methods.lrqk.cuda_select import check_config
-from vllm_lrqk.methods.lrqk.dispatch import force_kernels, kernels_for
+from vllm_lrqk.methods.lrqk.dispatch import force_kernels, host_kernels
 from vllm_lrqk.methods.lrqk.layer import LRQKLayer
 from vllm_lrqk.methods.lrqk.score import proxy_scores, select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
 SHARES = [1e-6, 0.3, 0.9, 0.999, 0.9999999]
-# Relative error of a weight. Torch and Triton: float32 scores below 30. Compiled: the scores' own error, which
+# Relative error of a weight. Torch: float32 scores below 30. Compiled: the scores' own error, which
 # tests/methods/lrqk/test_cpu_decode.py derives, on numerator and denominator of the softmax.
-WEIGHT_ERROR = {"torch": 1e-4, "triton": 1e-4, **dict.fromkeys(INSTRUCTION_SETS, 1.2e-2)}
+WEIGHT_ERROR = {"torch": 1e-4, **dict.fromkeys(INSTRUCTION_SETS, 1.2e-2)}
 
 
 def run(name: str, layer: Layer) -> Selection:
-    if name == "triton":
-        return interpreted_kernels("methods.lrqk.triton_select").select(*layer.select_arguments())
     with force_kernels(name) as kernels:
         return kernels.select(*layer.select_arguments())
 
@@ -137,11 +134,6 @@ class TestShapes:
         assert all(low < high for low, high in pairwise(counts))
 
 
-@pytest.mark.parametrize("top_p", SHARES)
-def test_triton(top_p: float) -> None:
-    check("triton", make_layer([1, 63, 65, 172, 300], LRQKConfig(page_size=32, top_k=100, top_p=top_p)))
-
-
 @pytest.mark.skipif(not INSTRUCTION_SETS, reason="CPU kernels are not built")
 @pytest.mark.parametrize("lengths", [[5000], [20000], [3000, 10, 900]], ids=str)
 def test_compiled_decode_attends_what_it_selects(lengths: list[int]) -> None:
@@ -173,7 +165,7 @@ def test_compiled_decode_attends_what_it_selects(lengths: list[int]) -> None:
 
 def count_rows(layer: Layer) -> int:
     """Rows that the counters of a layer in service say were attended in one decode step."""
-    counters, kernels = Counters(TALLIES, 1, layer.host.device), kernels_for(layer.host.device)
+    counters, kernels = Counters(TALLIES, 1, layer.host.device), host_kernels()
     decoder = InPlaceDecoder(layer.factors, layer.host, kernels, layer.scale, layer.config, counters.tallies[0])
     state = LRQKLayer(layer.factors, layer.host, decoder, kernels, layer.scale, layer.config, counters)
     last = layer.seq_lens.long() - 1
@@ -198,7 +190,7 @@ def test_counted_rows_fall() -> None:
     for top_p in (1.0, 0.9, 0.3):
         layer.config = replace(layer.config, top_p=top_p)
         counted.append(count_rows(layer))
-        selection = kernels_for(layer.host.device).select(*layer.select_arguments())
+        selection = host_kernels().select(*layer.select_arguments())
         assert counted[-1] == int((selection.rows >= 0).sum())
     assert counted[0] > counted[1] > counted[2]
 

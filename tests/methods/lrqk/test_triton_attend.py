@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from addresses import host_addresses
 from batches import Batch, make_batch
 from interpreted import interpreted_kernels
 
@@ -27,7 +28,7 @@ def run(batch: Batch, selection: Selection, splits: int = 3, parts: int | None =
     memory = triton_parts.allocate_parts(requests, kv_heads, parts or splits, heads // kv_heads, d, torch.device("cpu"))
     for tensor in (memory.output, memory.highest, memory.sums):
         tensor.fill_(torch.nan)
-    address = triton_attend.host_addresses(selection.rows, batch.block_table, batch.host)
+    address = host_addresses(selection.rows, batch.block_table, batch.host)
     output = torch.full_like(batch.query, torch.nan)
     arguments = (selection.residual, batch.factors, batch.block_table, selection.residual_factor)
     if parts is None:

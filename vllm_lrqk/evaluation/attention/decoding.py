@@ -10,8 +10,13 @@ import torch
 
 from vllm_lrqk.core.attend import gather_rows
 from vllm_lrqk.core.host_pages import append_rows
+from vllm_lrqk.core.moments import MomentSums, mean_moments
+from vllm_lrqk.core.rotary import RotaryTable
 from vllm_lrqk.evaluation.attention.qkv import QKV
 from vllm_lrqk.evaluation.reference.published_attention import PublishedAttention, PublishedSettings
+from vllm_lrqk.methods.lrqk import calibrated_seal
+from vllm_lrqk.methods.lrqk.calibrated_basis import CalibratedBasis, make_basis
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedFormat, CalibratedPages
 from vllm_lrqk.methods.lrqk.decode import attend_selection
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.score import select
@@ -51,7 +56,7 @@ class PagedLayer:
         num_pages = -(-num_tokens // config.page_size)
         raw = torch.full((num_pages, kv_heads, page_format.page_bytes), UNWRITTEN, dtype=torch.uint8)
         self.config, self.scale = config, d**-0.5
-        self.factors = FactorPages(raw, page_format)
+        self.factors: FactorPages | CalibratedPages = FactorPages(raw, page_format)
         self.host = torch.full((num_pages, kv_heads, config.page_size, 2, d), torch.nan, dtype=qkv.key.dtype)
         self.pages = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))
         self.num_tokens = 0
@@ -64,14 +69,18 @@ class PagedLayer:
         position = torch.arange(start, end)
         append_rows(key, value, self.host, self.pages[position // n] * n + position % n)
         self.num_tokens = end
-        filled = range(start // n, end // n)
-        if not filled:
-            return
-        grams = None
+        filled = list(range(start // n, end // n))
+        if filled:
+            self._seal(filled, key.shape[1], query, start)
+
+    def _seal(self, filled: list[int], kv_heads: int, query: torch.Tensor | None, start: int) -> None:
+        """Seal pages by their index; `query` are those of the tokens from `start` on."""
+        assert isinstance(self.factors, FactorPages)
+        n, grams = self.config.page_size, None
         if query is not None:
             starts = [max(page * n, start) - start for page in filled]
-            grams = query_grams(query, key.shape[1], starts, [(page + 1) * n - start for page in filled])
-        seal_pages(self.pages[list(filled)], self.host, self.factors, grams, self.config)
+            grams = query_grams(query, kv_heads, starts, [(page + 1) * n - start for page in filled])
+        seal_pages(self.pages[filled], self.host, self.factors, grams, self.config)
 
     def decode(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend with the query [H, d] of the latest token: float32 [H, d], and the rows int32 [KV, R], -1 for none."""
@@ -90,16 +99,40 @@ class PagedLayer:
         return kv_heads * (pages * self.factors.format.page_bytes + hot)
 
 
+class CalibratedLayer(PagedLayer):
+    """The same with calibrated factors."""
+
+    def __init__(self, qkv: QKV, num_tokens: int, config: LRQKConfig, basis: CalibratedBasis, has_value_map: bool):
+        super().__init__(qkv, num_tokens, config)
+        rank = basis.query.shape[-1]
+        form = CalibratedFormat(config.page_size, qkv.key.shape[-1], rank // 2, rank - rank // 2, has_value_map)
+        raw = torch.full((*self.host.shape[:2], form.page_bytes), UNWRITTEN, dtype=torch.uint8)
+        self.factors = CalibratedPages(raw, form, basis)
+
+    def _seal(self, filled: list[int], kv_heads: int, query: torch.Tensor | None, start: int) -> None:
+        assert isinstance(self.factors, CalibratedPages)
+        calibrated_seal.seal_pages(self.pages[filled], torch.tensor(filled), self.host, self.factors)
+
+
+def calibrated_on_prompt(qkv: QKV, rotary: RotaryTable, rank: int, page_size: int, tokens: int) -> CalibratedBasis:
+    """The basis that the first tokens of a sequence give, as if they were the calibration's text."""
+    _, kv_heads, d = qkv.key.shape
+    sums = MomentSums(kv_heads, d, page_size, rotary, torch.device("cpu"))
+    sums.add(qkv.query[:tokens], qkv.key[:tokens], qkv.value[:tokens], torch.arange(tokens))
+    return make_basis(mean_moments([sums.sums()], kv_heads), rank, rotary.every(page_size))
+
+
 def paged_decode(
-    qkv: QKV, steps: int, config: LRQKConfig, first_chunk: int | None = None
+    qkv: QKV, steps: int, config: LRQKConfig, first_chunk: int | None = None, layer: PagedLayer | None = None
 ) -> tuple[torch.Tensor, PagedLayer]:
     """The prompt, then decode steps that append their token: outputs float32 [T, H, d] and the layer.
 
     Args:
+        layer: an empty one; default: of page-local factors.
         first_chunk: the prompt comes in chunks, this many tokens first and one page size at a time from there on;
             None: at once.
     """
-    layer = PagedLayer(qkv, qkv.prompt_tokens + steps, config)
+    layer = layer or PagedLayer(qkv, qkv.prompt_tokens + steps, config)
     ends = [] if first_chunk is None else list(range(first_chunk, qkv.prompt_tokens, config.page_size))
     for start, end in pairwise([0, *ends, qkv.prompt_tokens]):
         layer.append(qkv.key[start:end], qkv.value[start:end], qkv.query[start:end])

@@ -19,6 +19,7 @@ LIBRARY = Path(__file__).parents[2] / "_cpu_kernels.so"
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 """In the order of csrc/cpu/dispatch.h, best first."""
 _VECTOR_ELEMENTS = {"avx512": 16, "avx2": 8, "portable": 4}
+_MAX_HEAD_SIZE = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,19 +51,19 @@ def kernels(name: str | None = None) -> Kernels:
         raise ValueError(f"CPU kernels {name!r} cannot run here; available: {', '.join(available) or 'none'}.")
     names = available[available.index(name) if name else 0 :]
     return Kernels(
-        f"cpu-{names[0]}",
-        partial(_append_rows, names),
-        partial(_seal_pages, names),
-        partial(_select, names),
-        partial(_decode_attention, names),
-        partial(_prefill_attention, names),
+        name=f"cpu-{names[0]}",
+        seal_pages=partial(_seal_pages, names),
+        prefill_attention=partial(_prefill_attention, names),
+        append_rows=partial(_append_rows, names),
+        select=partial(_select, names),
+        decode_attention=partial(_decode_attention, names),
     )
 
 
 def _pick(names: tuple[str, ...], head_size: int) -> int | None:
-    """Index of the first instruction set whose vectors divide the head size."""
+    """Index of the first instruction set whose vectors divide the head size; None where the torch forms have to do."""
     for name in names:
-        if head_size % (2 * _VECTOR_ELEMENTS[name]) == 0:
+        if head_size % (2 * _VECTOR_ELEMENTS[name]) == 0 and head_size <= _MAX_HEAD_SIZE:
             return INSTRUCTION_SETS.index(name)
     return None
 
@@ -75,19 +76,17 @@ def _int32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _layout(page_format: PageFormat) -> tuple[int, int, bool, list[int]]:
-    f = page_format
-    offsets = [f.projection_offset, f.scale_offset, f.value_mean_offset]
-    offsets += [f.value_projection_offset, f.value_scale_offset, f.key_factor_mean_offset]
-    return f.rank, f.value_rank, f.factor_dtype == torch.int8, offsets
+def _page_layout(page_format: PageFormat) -> list[int]:
+    return page_format.layout_values(torch.ops.vllm_lrqk.cpu_page_layout_names())
 
 
 def _append_rows(
-    names: tuple[str, ...], key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slots: torch.Tensor
+    names: tuple[str, ...], key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
     if not key.dtype == value.dtype == host.dtype:
-        return torch_ops.append_rows(key, value, host, slots)
-    return torch.ops.vllm_lrqk.cpu_append(key, value, host, slots.long().contiguous(), INSTRUCTION_SETS.index(names[0]))
+        return torch_ops.append_rows(key, value, host, slot_mapping)
+    slot_mapping = slot_mapping.long().contiguous()
+    return torch.ops.vllm_lrqk.cpu_append(key, value, host, slot_mapping, INSTRUCTION_SETS.index(names[0]))
 
 
 def _seal_pages(
@@ -106,7 +105,7 @@ def _seal_pages(
         host,
         factors.raw,
         None if gram_q is None else gram_q.contiguous(),
-        *_layout(factors.format),
+        _page_layout(factors.format),
         config.iterations,
         config.lambda_q,
         config.lambda_k,
@@ -164,7 +163,7 @@ def _decode_attention(
         _int32(block_table),
         _int32(seq_lens),
         scale,
-        *_layout(factors.format),
+        _page_layout(factors.format),
         config.top_k,
         config.top_p,
         config.recent_tokens,
@@ -193,28 +192,28 @@ def _select(
     first, end = candidate_range(seq_lens, config)
     longest = int(end.max())
     num_pages = -(-longest // n) if longest > first else 0
-    places = min(config.top_k, num_pages * n) + config.sink_tokens + config.recent_tokens + n
-    rows = torch.empty(len(query), factors.raw.shape[1], places, dtype=torch.int32)
-    residual = residual_factor = None
+    capacity = min(config.top_k, num_pages * n) + config.sink_tokens + config.recent_tokens + n
+    positions = torch.empty(len(query), factors.raw.shape[1], capacity, dtype=torch.int32)
+    residual = moment = None
     if config.residual != "none" and num_pages > 0:
-        residual = torch.empty(*query.shape[:2], num_pages)
+        residual = torch.empty(*query.shape[:2], num_pages, dtype=torch.float32)
         if config.residual == "linear":
-            residual_factor = torch.zeros(*residual.shape, config.num_value_ranks)
+            moment = torch.zeros(*residual.shape, config.num_value_ranks, dtype=torch.float32)
     torch.ops.vllm_lrqk.cpu_select(
         query,
         factors.raw,
         _int32(block_table),
         _int32(seq_lens),
         scale,
-        *_layout(factors.format),
+        _page_layout(factors.format),
         n,
         config.top_k,
         config.top_p,
         config.recent_tokens,
         config.sink_tokens,
-        rows,
+        positions,
         residual,
-        residual_factor,
+        moment,
         index,
     )
-    return Selection(rows, residual, residual_factor)
+    return Selection(positions, residual, moment)

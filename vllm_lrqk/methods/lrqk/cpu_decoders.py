@@ -3,6 +3,7 @@
 import torch
 
 from vllm_lrqk.core.hot_rows import HotCache
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.decode import attend_selection
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.kernels import Kernels
@@ -21,7 +22,7 @@ class InPlaceDecoder:
 
     def __init__(
         self,
-        factors: FactorPages,
+        factors: FactorPages | CalibratedPages,
         host: torch.Tensor,
         kernels: Kernels,
         scale: float,
@@ -58,7 +59,7 @@ class HotDecoder(InPlaceDecoder):
 
     def __init__(
         self,
-        factors: FactorPages,
+        factors: FactorPages | CalibratedPages,
         host: torch.Tensor,
         hot: HotCache,
         kernels: Kernels,

@@ -4,6 +4,7 @@ import torch
 
 from vllm_lrqk.core.attend import attend, gather_rows
 from vllm_lrqk.core.selection import Selection
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
@@ -13,7 +14,7 @@ from vllm_lrqk.methods.lrqk.values import residual_values
 def decode_attention(
     query: torch.Tensor,
     host: torch.Tensor,
-    factors: FactorPages,
+    factors: FactorPages | CalibratedPages,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
@@ -41,7 +42,7 @@ def attend_selection(
     query: torch.Tensor,
     rows_kv: torch.Tensor,
     selection: Selection,
-    factors: FactorPages,
+    factors: FactorPages | CalibratedPages,
     block_table: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:

@@ -55,6 +55,18 @@ class PageFormat:
         return cls(config.page_size, head_size, config.rank, dtype, config.num_value_ranks)
 
     @property
+    def is_int8(self) -> bool:
+        return self.factor_dtype == torch.int8
+
+    def layout_values(self, names: str) -> list[int]:
+        """What the compiled kernels know of this format.
+
+        Args:
+            names: attributes in the order of the library's PageLayout (csrc/layout.h), each followed by a comma.
+        """
+        return [int(getattr(self, name)) for name in names.split(",") if name]
+
+    @property
     def word_elements(self) -> int:
         return 4 // self.factor_dtype.itemsize
 
@@ -63,12 +75,12 @@ class PageFormat:
         return _align(self.page_size * self.rank * self.factor_dtype.itemsize)
 
     @property
-    def scale_offset(self) -> int:
+    def projection_scale_offset(self) -> int:
         return self.projection_offset + _align(self.rank * self.head_size * self.factor_dtype.itemsize)
 
     @property
     def value_mean_offset(self) -> int:
-        return self.scale_offset + _align(self.rank * 4)
+        return self.projection_scale_offset + _align(self.rank * 4)
 
     @property
     def value_projection_offset(self) -> int:
@@ -124,7 +136,7 @@ class FactorPages:
             -1, (f.rank, f.head_size)
         )
         """[num_pages, kv_heads, rank, head_size]"""
-        self.scale = view(f.scale_offset, f.rank, torch.float32)
+        self.scale = view(f.projection_scale_offset, f.rank, torch.float32)
         """float32 [num_pages, kv_heads, rank]"""
         self.value_mean = view(f.value_mean_offset, f.head_size, torch.bfloat16)
         """bfloat16 [num_pages, kv_heads, head_size]"""
@@ -139,12 +151,11 @@ class FactorPages:
             self.key_factor_mean = view(f.key_factor_mean_offset, f.value_rank, torch.float32)
             """float32 [num_pages, kv_heads, value_rank], in units of the stored elements"""
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes per token, all KV heads together."""
-        return self.raw.shape[1] * self.raw.shape[2] / self.format.page_size
-
     def key_factor(self, pages: torch.Tensor) -> torch.Tensor:
         """Key factors A of some pages: [*pages.shape, kv_heads, page_size, rank], a copy."""
         words = self.key_factor_words[pages]  # [..., KV, r/w, N, w]
         return words.transpose(-3, -2).flatten(-2)
+
+    def value_map(self, pages: torch.Tensor) -> torch.Tensor:
+        """What a step of each column of A adds to a value: float32 [*pages.shape, kv_heads, value_rank, head_size]."""
+        return self.value_projection[pages].float() * self.value_scale[pages][..., None]

@@ -11,13 +11,19 @@ from typing import Any
 import torch
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """What one layer calls; see the torch form of each name."""
+@dataclass(frozen=True, kw_only=True)
+class PageKernels:
+    """What a layer calls on whole pages; see the torch form of each name."""
 
     name: str
-    append_rows: Callable[..., None]
     seal_pages: Callable[..., None]
+    prefill_attention: Callable[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels(PageKernels):
+    """And what a decoder calls where device and host memory are the same."""
+
+    append_rows: Callable[..., None]
     select: Callable[..., Any]
     decode_attention: Callable[..., torch.Tensor]
-    prefill_attention: Callable[..., None]

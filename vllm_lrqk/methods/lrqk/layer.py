@@ -7,8 +7,9 @@ import torch
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.layer import Layer
 from vllm_lrqk.core.step import PrefillChunk, Step
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.kernels import Kernels
+from vllm_lrqk.methods.lrqk.kernels import PageKernels
 from vllm_lrqk.methods.lrqk.seal import query_grams
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
@@ -45,10 +46,10 @@ class LRQKLayer(Layer):
 
     def __init__(
         self,
-        factors: FactorPages,
+        factors: FactorPages | CalibratedPages,
         host: torch.Tensor,
         decoder: Decoder,
-        kernels: Kernels,
+        kernels: PageKernels,
         scale: float,
         config: LRQKConfig,
         counters: Counters,

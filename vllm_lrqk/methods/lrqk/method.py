@@ -6,15 +6,19 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_lrqk import devices
+from vllm_lrqk.core.calibration import CalibrationSource, ModelIdentity
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.hot_rows import HotCache, HotFormat
 from vllm_lrqk.core.layer import LayerMemory, LayerPlace, LayerShape
 from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts
 from vllm_lrqk.devices import cuda_library
+from vllm_lrqk.methods.lrqk.calibrated_basis import make_basis
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedFormat, CalibratedPages
+from vllm_lrqk.methods.lrqk.calibrated_layer import CalibratedLayer, calibrated_kernels, check_calibration
 from vllm_lrqk.methods.lrqk.cpu_decoders import TALLIES, HotDecoder, InPlaceDecoder
 from vllm_lrqk.methods.lrqk.cuda_select import MAX_HEAD_SIZE, MAX_RANK, MAX_TOKENS, check_config
-from vllm_lrqk.methods.lrqk.dispatch import kernels_for
+from vllm_lrqk.methods.lrqk.dispatch import host_kernels
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.layer import Decoder, LRQKLayer
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
@@ -40,7 +44,12 @@ class LRQK(Method):
 
     def hot_format(self, head_size: int, dtype: torch.dtype) -> HotFormat:
         """The format of a hot block: as many bytes per KV head as a factor page."""
-        return HotFormat(PageFormat.from_config(self.settings, head_size).page_bytes, head_size, dtype)
+        return HotFormat(self.page_format(head_size).page_bytes, head_size, dtype)
+
+    def page_format(self, head_size: int) -> PageFormat | CalibratedFormat:
+        """The format of a factor page."""
+        kind = CalibratedFormat if self.settings.is_calibrated else PageFormat
+        return kind.from_config(self.settings, head_size)
 
     def check(self, model: ModelFacts) -> None:
         config = self.settings
@@ -48,17 +57,21 @@ class LRQK(Method):
             raise ConfigError(
                 f"lrqk.rank is {config.rank}, but must be at most the head size of {model.name}, {model.head_size}."
             )
+        if config.is_calibrated:
+            if self.device_type != "cpu":
+                raise ConfigError('lrqk.factorization is "calibrated", which runs on the CPU only: set it to "lrqk".')
+            self._calibration = CalibrationSource("lrqk.calibration", config.calibration, ModelIdentity.of(model))
+            check_calibration(self._calibration.open(), config, model)
         if self.device_type != "cpu":
             check_config(config)
             self._check_cuda(model)
 
     def _check_cuda(self, model: ModelFacts) -> None:
         config = self.settings
-        if not cuda_library.LIBRARY.exists():
-            raise ConfigError(
-                "vllm-lrqk was installed without its CUDA kernels: "
-                "install it again with nvcc on the path (docs/cuda.md)."
-            )
+        try:
+            cuda_library.load()
+        except RuntimeError as error:
+            raise ConfigError(str(error)) from error
         if config.hot_cache is False:
             raise ConfigError('lrqk.hot_cache is false, but a GPU needs the hot cache: set it to "auto".')
         if config.rank > MAX_RANK:
@@ -81,7 +94,7 @@ class LRQK(Method):
             hot_blocks = self.hot_format(head_size, dtype).blocks_for(config.num_hot_rows)
         return MemoryPlan(
             block_size=config.page_size,
-            bytes_per_token=PageFormat.from_config(config, head_size).bytes_per_token,
+            bytes_per_token=self.page_format(head_size).bytes_per_token,
             is_paged=True,
             blocks_per_request=hot_blocks,
             host_bytes_per_token=2 * head_size * dtype.itemsize,
@@ -113,8 +126,10 @@ class LRQK(Method):
     ) -> LRQKLayer:
         assert memory.blocks is not None
         assert memory.host is not None
-        factors = FactorPages(memory.blocks, PageFormat.from_config(self.settings, shape.head_size))
-        layer = partial(LRQKLayer, factors, memory.host, scale=shape.scale, config=self.settings, counters=counters)
+        factors, kind = self._factors(memory.blocks, place, shape), LRQKLayer
+        if self.settings.is_calibrated:
+            kind = CalibratedLayer
+        layer = partial(kind, factors, memory.host, scale=shape.scale, config=self.settings, counters=counters)
         hot_format = self.hot_format(shape.head_size, shape.torch_dtype)
         operators = devices.cuda_operators(device)
         if operators is not None:
@@ -123,10 +138,13 @@ class LRQK(Method):
             from vllm_lrqk.methods.lrqk.cuda_decoder import CudaDecoder
 
             assert memory.request_blocks is not None
+            assert isinstance(factors, FactorPages)
             hot = DeviceHotCache(operators, memory.request_blocks, hot_format, len(memory.host), tallies[:2])
             decoder: Decoder = CudaDecoder(factors, memory.host, hot, workspace, shape.scale)
             return layer(decoder=decoder, kernels=cuda.kernels(operators))
-        kernels = kernels_for(memory.host.device)
+        kernels = host_kernels()
+        if self.settings.is_calibrated:
+            kernels = calibrated_kernels(kernels)
         rest = (kernels, shape.scale, self.settings, tallies)
         if memory.request_blocks is None:
             decoder = InPlaceDecoder(factors, memory.host, *rest)
@@ -134,6 +152,15 @@ class LRQK(Method):
             hot_rows = HotCache(memory.request_blocks, hot_format, len(memory.host))
             decoder = HotDecoder(factors, memory.host, hot_rows, *rest)
         return layer(decoder=decoder, kernels=kernels)
+
+    def _factors(self, blocks: torch.Tensor, place: LayerPlace, shape: LayerShape) -> FactorPages | CalibratedPages:
+        form = self.page_format(shape.head_size)
+        if isinstance(form, PageFormat):
+            return FactorPages(blocks, form)
+        file = self._calibration.open()
+        assert file.frames is not None
+        basis = make_basis(file.moments(place, shape.kv_heads), form.rank, file.frames)
+        return CalibratedPages(blocks, form, basis)
 
     def count(self, counts: dict[str, int], kv_heads: int, row_bytes: int) -> dict[str, int]:
         counted = dict(counts)

@@ -6,11 +6,15 @@ Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, N page 
 import torch
 
 from vllm_lrqk.core.selection import Selection, always_rows, candidate_range, heaviest
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
+from vllm_lrqk.methods.lrqk.calibrated_score import calibrated_scores
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.settings import LRQKConfig
 
+Factors = FactorPages | CalibratedPages
 
-def proxy_scores(query: torch.Tensor, factors: FactorPages, block_table: torch.Tensor, scale: float) -> torch.Tensor:
+
+def proxy_scores(query: torch.Tensor, factors: Factors, block_table: torch.Tensor, scale: float) -> torch.Tensor:
     """Scores s~ of every token of the given pages.
 
     Args:
@@ -20,6 +24,8 @@ def proxy_scores(query: torch.Tensor, factors: FactorPages, block_table: torch.T
     Returns:
         float32 [B, H, P, N].
     """
+    if isinstance(factors, CalibratedPages):
+        return calibrated_scores(query, factors, block_table, scale)
     kv_heads = factors.raw.shape[1]
     pages = block_table.long()
     grouped = query.float().unflatten(1, (kv_heads, -1)) * scale  # [B, KV, G, d]
@@ -31,7 +37,7 @@ def proxy_scores(query: torch.Tensor, factors: FactorPages, block_table: torch.T
 
 def select(
     query: torch.Tensor,
-    factors: FactorPages,
+    factors: Factors,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
@@ -69,7 +75,7 @@ def select(
     return Selection(torch.cat([rows, always], -1).int(), residual, residual_factor)
 
 
-def mean_factors(left: torch.Tensor, residual: torch.Tensor, factors: FactorPages, pages: torch.Tensor) -> torch.Tensor:
+def mean_factors(left: torch.Tensor, residual: torch.Tensor, factors: Factors, pages: torch.Tensor) -> torch.Tensor:
     """`Selection.residual_factor`.
 
     Args:

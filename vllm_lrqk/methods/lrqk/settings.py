@@ -36,8 +36,13 @@ class LRQKConfig(Settings):
     value_rank: int | None = field(default=None, metadata={"minimum": 4, "multiple_of": 4})
     """Columns of the key factor that the values of `residual: "linear"` follow; a multiple of 4, at most `rank`;
     default: all."""
-    factorization: str = field(default="lrqk", metadata={"choices": ("lrqk", "key_pca")})
-    """How a page's keys are factorised; "key_pca" ignores the queries."""
+    factorization: str = field(default="lrqk", metadata={"choices": ("lrqk", "key_pca", "calibrated")})
+    """How a page's keys are factorised; "key_pca" ignores the queries; "calibrated" takes the basis from a calibration
+    file, with `rank` columns in int8 and as many again in 4 bits."""
+    calibration: str | None = None
+    """File of `vllm-lrqk calibrate` for the served model, for `factorization: "calibrated"`."""
+    value_map: str = field(default="page", metadata={"choices": ("page", "calibrated")})
+    """With calibrated factors, the map from key factors to values: each page's own, in 4 bits, or the calibration's."""
     factor_dtype: str = field(default="int8", metadata={"choices": ("int8", "bfloat16")})
     """Storage type of the factors."""
     iterations: int = field(default=3, metadata={"minimum": 1})
@@ -61,6 +66,25 @@ class LRQKConfig(Settings):
                 f"lrqk.hot_rows is {self.hot_rows}, but one step can attend {least} rows "
                 f"(top_k + recent_tokens + sink_tokens + page_size): set it to {least} or more."
             )
+        if self.is_calibrated:
+            self._check_calibrated()
+
+    def _check_calibrated(self) -> None:
+        if self.rank % 8:
+            raise ConfigError(
+                f'lrqk.rank is {self.rank}, but must be a multiple of 8 with factorization "calibrated", '
+                "whose trailing columns come in eights."
+            )
+        for name, value, only in (("factor_dtype", self.factor_dtype, "int8"), ("value_rank", self.value_rank, None)):
+            if value != only:
+                raise ConfigError(
+                    f'lrqk.{name} is {value!r}, but factorization "calibrated" has its own: leave it out.'
+                )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether factors are in a basis of a calibration file."""
+        return self.factorization == "calibrated"
 
     @property
     def attended_rows(self) -> int:

@@ -9,4 +9,11 @@ from vllm_lrqk.methods.lrqk.seal import seal_pages
 
 
 def kernels() -> Kernels:
-    return Kernels("torch", append_rows, seal_pages, select, decode_attention, prefill_attention)
+    return Kernels(
+        name="torch",
+        seal_pages=seal_pages,
+        prefill_attention=prefill_attention,
+        append_rows=append_rows,
+        select=select,
+        decode_attention=decode_attention,
+    )

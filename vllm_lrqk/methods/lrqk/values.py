@@ -3,6 +3,7 @@
 import torch
 
 from vllm_lrqk.core.selection import Selection
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages
 
 RIDGE = 1e-4
@@ -78,7 +79,7 @@ def value_regression(key_factor: torch.Tensor, value: torch.Tensor) -> tuple[tor
     return mean, solve_right(value.mT @ centred, centred.mT @ centred)
 
 
-def residual_values(selection: Selection, factors: FactorPages, pages: torch.Tensor) -> torch.Tensor:
+def residual_values(selection: Selection, factors: FactorPages | CalibratedPages, pages: torch.Tensor) -> torch.Tensor:
     """What the tokens of each page that are not selected count as: float32 [B, KV, G or 1, P, d].
 
     Args:
@@ -90,9 +91,10 @@ def residual_values(selection: Selection, factors: FactorPages, pages: torch.Ten
     value = factors.value_mean[pages].transpose(1, 2).float()[:, :, None]  # [B, KV, 1, P, d]
     if selection.residual_factor is not None:
         offset = selection.residual_factor.unflatten(1, (kv_heads, -1))
-        offset = offset - factors.key_factor_mean[pages].transpose(1, 2)[:, :, None]
-        offset = offset * factors.value_scale[pages].transpose(1, 2)[:, :, None]  # [B, KV, G, P, value_rank]
-        projection = factors.value_projection[pages].transpose(1, 2)[:, :, None].float()
-        value = value + (offset[..., None, :] @ projection)[..., 0, :]
+        offset = (
+            offset - factors.key_factor_mean[pages].transpose(1, 2)[:, :, None].float()
+        )  # [B, KV, G, P, value_rank]
+        value_map = factors.value_map(pages).transpose(1, 2)[:, :, None]
+        value = value + (offset[..., None, :] @ value_map)[..., 0, :]
     # Pages without residual may be unsealed: their bytes mean nothing.
     return value.masked_fill(~(residual > -torch.inf).any(2)[:, :, None, :, None], 0.0)

@@ -1,0 +1,109 @@
+// The mean key factor of what is left of each page: of its unselected candidates, weighted with exp(score).
+//
+// A warp works on one page. The lanes split the tokens; their sums, value_rank * heads of them, are exchanged in a
+// butterfly.
+#include "cuda/lrqk/factors.cuh"
+#include "cuda/lrqk/select.h"
+#include "cuda/topk/candidates.cuh"
+
+namespace lrqk::cuda {
+namespace {
+
+// Shares of four consecutive tokens in what is left of their page; `tokens` has a bit for each that is left.
+template <int kHeads>
+__device__ inline void load_shares(const SelectArgs& a, const HeadBlock& block, const float (&log_left)[kHeads],
+                                   int position, unsigned tokens, float (&shares)[4][kHeads]) {
+#pragma unroll
+  for (int g = 0; g < kHeads; ++g) {
+    if (g >= block.heads) break;
+    const int64_t head = block.head + g;
+    const uint2 pairs = *reinterpret_cast<const uint2*>(a.scratch.delta + head * tokens_per_head(a) + position);
+    const unsigned bits[4] = {pairs.x & 0xffffu, pairs.x >> 16, pairs.y & 0xffffu, pairs.y >> 16};
+    const float shift = a.scratch.tile_max[head * tiles_per_head(a) + position / tile_tokens(a)] - log_left[g];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((tokens >> i) & 1u) shares[i][g] = exp2f(half_bits_to_float(bits[i]) + shift);
+    }
+  }
+}
+
+// Adds one tile: sums[column * kHeads + g] += share * A, over its tokens. A lane's sums are its own.
+template <bool kIsInt8, int kHeads>
+__device__ inline void add_tile(const SelectArgs& a, const uint8_t* page, int token, bool is_active,
+                                const float (&shares)[4][kHeads], float* sums) {
+  constexpr int kElements = kIsInt8 ? 4 : 2, kColumns = 32 / kHeads;
+  for (int column = 0; column < a.layout.value_rank; column += kColumns) {
+    float v[32] = {};
+#pragma unroll
+    for (int w = 0; w < kColumns / kElements; ++w) {
+      const int word = column / kElements + w;
+      if (!is_active || word * kElements >= a.layout.value_rank) continue;
+      const uint4 words =
+          *reinterpret_cast<const uint4*>(page + (static_cast<int64_t>(word) * a.page_size + token) * 4);
+      const unsigned of_token[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float x = word_element<kIsInt8>(of_token[i], e);
+#pragma unroll
+          for (int g = 0; g < kHeads; ++g) v[(w * kElements + e) * kHeads + g] += x * shares[i][g];
+        }
+      }
+    }
+    sums[column * kHeads + lane_index()] += sum_to_lane(v);
+  }
+}
+
+// Grid: (pages by warps, KV * blocks of kHeads heads, B). Reads what emit wrote.
+template <bool kIsInt8, int kHeads>
+__global__ void __launch_bounds__(kThreads) moment_kernel(const SelectArgs a) {
+  __shared__ float all_sums[kWarps][kMaxRank * kHeads];
+  float* sums = all_sums[warp_index()];
+  const HeadBlock block = head_block<kHeads>(a);
+  const int request = blockIdx.z, value_rank = a.layout.value_rank, p = blockIdx.x * kWarps + warp_index();
+  if (p >= a.pages) return;
+  for (int i = lane_index(); i < ceil_div(value_rank * kHeads, 32) * 32; i += 32) sums[i] = 0.0f;
+  float log_left[kHeads];
+#pragma unroll
+  for (int g = 0; g < kHeads; ++g) {
+    log_left[g] = g < block.heads ? a.residual[(block.head + g) * a.pages + p] * kLog2e : 0.0f;
+  }
+  // Which tokens are left is the same for all heads of a group.
+  if (log_left[0] > -INFINITY) {
+    const Candidates c = candidates_of(a, request);
+    const int size = tile_tokens(a);
+    const int64_t index = static_cast<int64_t>(request) * a.kv_heads + block.kv_head;
+    const Page tokens{p * a.page_size, size, a.page_size / size, a.scratch.keys + index * tokens_per_head(a)};
+    const unsigned selected = selected_tokens(tokens, c, a.scratch.items[index].threshold);
+    const int page_id = a.block_table[request * a.block_table_stride + p];
+    const uint8_t* page = a.factors.data + page_id * a.factors.page_stride + block.kv_head * a.factors.head_stride;
+    const bool is_active = lane_index() * 4 < size;
+    for (int t = 0; t < tokens.tiles; ++t) {
+      const int token = t * size + lane_index() * 4, position = tokens.first_token + token;
+      unsigned left = 0;
+      for (int i = 0; i < 4; ++i) left |= static_cast<unsigned>(is_active && c.has(position + i)) << i;
+      left &= ~(selected >> (t * 4));
+      if (!__ballot_sync(kAllLanes, left)) continue;
+      float shares[4][kHeads] = {};
+      if (left) load_shares<kHeads>(a, block, log_left, position, left, shares);
+      add_tile<kIsInt8, kHeads>(a, page, token, is_active, shares, sums);
+    }
+  }
+  for (int i = lane_index(); i < value_rank * kHeads; i += 32) {
+    const int g = i % kHeads;
+    if (g < block.heads) a.moment[((block.head + g) * a.pages + p) * value_rank + i / kHeads] = sums[i];
+  }
+}
+
+}  // namespace
+
+void moment(const SelectArgs& a, cudaStream_t stream) {
+  with_factors(a, [&](auto is_int8, auto heads) {
+    constexpr int kHeads = decltype(heads)::value;
+    const dim3 grid(ceil_div(a.pages, kWarps), a.kv_heads * head_blocks<kHeads>(a), a.requests);
+    launch(moment_kernel<decltype(is_int8)::value, kHeads>, grid, kThreads, stream, a);
+  });
+}
+
+}  // namespace lrqk::cuda

@@ -1,0 +1,198 @@
+// Proxy scores: per page the projected query q X, fused with the dot products with the page's key factor.
+//
+// A warp works on one page at a time. The lanes split the head size for q X (its rank * heads sums are exchanged in a
+// butterfly), and the tokens for the scores. The block that arrives last sums over all tiles of its heads.
+#include "cuda/lrqk/factors.cuh"
+#include "cuda/lrqk/select.h"
+#include "cuda/topk/candidates.cuh"
+
+namespace lrqk::cuda {
+namespace {
+
+constexpr float kLowestDelta = -60000.0f;  // a finite float16
+
+// Four elements of the projection.
+template <bool kIsInt8>
+__device__ inline void load_quad(const uint8_t* from, float* to) {
+  if constexpr (kIsInt8) {
+    const unsigned word = *reinterpret_cast<const unsigned*>(from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = static_cast<float>(static_cast<signed char>(word >> (8 * i)));
+  } else {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    to[0] = __uint_as_float(words.x << 16);
+    to[1] = __uint_as_float(words.x & 0xffff0000u);
+    to[2] = __uint_as_float(words.y << 16);
+    to[3] = __uint_as_float(words.y & 0xffff0000u);
+  }
+}
+
+// weights[j * kHeads + g] = (q_g . X_j) * scale_j, times `factor`.
+template <bool kIsInt8, int kHeads, int kQuads>
+__device__ inline void project(const SelectArgs& a, const uint8_t* page, const float (&query)[kHeads][kQuads * 4],
+                               float factor, float* weights) {
+  constexpr int kRanks = 32 / kHeads;
+  constexpr int kQuadBytes = kIsInt8 ? 4 : 8;
+  const uint8_t* projection = page + a.layout.projection_offset;
+  const float* scale = reinterpret_cast<const float*>(page + a.layout.projection_scale_offset);
+  const int quads = a.head_size / 4;
+  for (int first = 0; first < a.layout.rank; first += kRanks) {
+    float v[32];
+#pragma unroll
+    for (int i = 0; i < kRanks; ++i) {  // kept in registers: every index of v is a constant
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) v[i * kHeads + g] = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) {
+        const int quad = j * 32 + lane_index();
+        float x[4] = {};
+        if (first + i < a.layout.rank && quad < quads) {
+          load_quad<kIsInt8>(projection + ((first + i) * quads + quad) * kQuadBytes, x);
+        }
+#pragma unroll
+        for (int g = 0; g < kHeads; ++g) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) v[i * kHeads + g] += x[e] * query[g][j * 4 + e];
+        }
+      }
+    }
+    const float sum = sum_to_lane(v);
+    const int j = first + lane_index() / kHeads;
+    if (j < a.layout.rank) weights[j * kHeads + lane_index() % kHeads] = sum * scale[j] * factor;
+  }
+}
+
+// Scores of four consecutive tokens for kHeads heads.
+template <bool kIsInt8, int kHeads>
+__device__ inline void score_tokens(const SelectArgs& a, const uint8_t* page, int token, const float* weights,
+                                    float (&scores)[4][kHeads]) {
+  constexpr int kElements = kIsInt8 ? 4 : 2;
+#pragma unroll 4
+  for (int w = 0; w < a.layout.rank / kElements; ++w) {
+    const uint4 words = *reinterpret_cast<const uint4*>(page + (static_cast<int64_t>(w) * a.page_size + token) * 4);
+    const unsigned of_token[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = word_element<kIsInt8>(of_token[i], e);
+#pragma unroll
+        for (int g = 0; g < kHeads; ++g) scores[i][g] += x * weights[(w * kElements + e) * kHeads + g];
+      }
+    }
+  }
+}
+
+// Writes a tile's highest score, its scores less that, and the sum of their powers of two. `head` is the first of
+// `heads` that are stored.
+template <int kHeads>
+__device__ inline void store_tile(const SelectArgs& a, int64_t head, int heads, int tile, int position, bool is_active,
+                                  const float (&scores)[4][kHeads]) {
+  const int64_t tokens = tokens_per_head(a), tiles = tiles_per_head(a);
+#pragma unroll
+  for (int g = 0; g < kHeads; ++g) {
+    if (g >= heads) break;
+    float highest = fmaxf(fmaxf(scores[0][g], scores[1][g]), fmaxf(scores[2][g], scores[3][g]));
+    highest = warp_max(highest);
+    unsigned bits[4];
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool is_candidate = scores[i][g] > -INFINITY;
+      const float delta = is_candidate ? fmaxf(scores[i][g] - highest, kLowestDelta) : -INFINITY;
+      bits[i] = __half_as_ushort(__float2half_rn(delta));
+      // Of the rounded number: sums and weights that are read back later then agree.
+      sum += exp2f(half_bits_to_float(bits[i]));
+    }
+    sum = warp_sum(sum);
+    if (is_active) {
+      *reinterpret_cast<uint2*>(a.scratch.delta + (head + g) * tokens + position) =
+          make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+    }
+    if (lane_index() == 0) {
+      a.scratch.tile_max[(head + g) * tiles + tile] = highest;
+      a.scratch.tile_sum[(head + g) * tiles + tile] = sum;
+    }
+  }
+}
+
+// log2 of the sum of 2^score of one head's candidates. Every thread of the block calls it.
+__device__ inline void sum_head(const SelectArgs& a, const Candidates& c, int64_t head) {
+  const int size = tile_tokens(a);
+  const float* tile_max = a.scratch.tile_max + head * tiles_per_head(a);
+  const float* tile_sum = a.scratch.tile_sum + head * tiles_per_head(a);
+  const int first = c.first / size, end = ceil_div(c.end, size);
+  float highest = -INFINITY;
+  for (int i = first + threadIdx.x; i < end; i += blockDim.x) highest = fmaxf(highest, __ldcg(tile_max + i));
+  highest = block_combine(highest, true);
+  float sum = 0.0f;
+  for (int i = first + threadIdx.x; i < end; i += blockDim.x) {
+    sum += __ldcg(tile_sum + i) * exp2f(__ldcg(tile_max + i) - highest);
+  }
+  sum = block_combine(sum, false);
+  if (threadIdx.x == 0) a.scratch.log_sum[head] = highest + log2f(sum);
+}
+
+// Grid: (page ranges, KV * blocks of kHeads heads, B).
+template <bool kIsInt8, int kHeads, int kQuads>
+__global__ void __launch_bounds__(kThreads) score_kernel(const SelectArgs a) {
+  __shared__ float all_weights[kWarps][kMaxRank * kHeads];
+  float* weights = all_weights[warp_index()];
+  const int request = blockIdx.z;
+  const HeadBlock block = head_block<kHeads>(a);
+  const Candidates c = candidates_of(a, request);
+  if (c.count() == 0) return;
+
+  float query[kHeads][kQuads * 4];
+#pragma unroll
+  for (int g = 0; g < kHeads; ++g) {
+#pragma unroll
+    for (int i = 0; i < kQuads * 4; ++i) {
+      const int column = (i / 4 * 32 + lane_index()) * 4 + i % 4;
+      const int64_t at = request * a.query_request_stride + (block.first + g) * a.query_head_stride + column;
+      query[g][i] = g < block.heads && column < a.head_size ? to_float(a.query, a.dtype, at) : 0.0f;
+    }
+  }
+  const int size = tile_tokens(a), tiles = a.page_size / size;
+  const int end_page = ceil_div(c.end, a.page_size);
+  const int* table = a.block_table + request * a.block_table_stride;
+  const int first_page = c.first / a.page_size + blockIdx.x * kWarps + warp_index();
+  for (int p = first_page; p < end_page; p += gridDim.x * kWarps) {
+    const uint8_t* page = a.factors.data + table[p] * a.factors.page_stride + block.kv_head * a.factors.head_stride;
+    __syncwarp();
+    project<kIsInt8, kHeads, kQuads>(a, page, query, a.scale * kLog2e, weights);
+    __syncwarp();
+    for (int t = 0; t < tiles; ++t) {
+      const int token = t * size + lane_index() * 4, position = p * a.page_size + token;
+      const bool is_active = lane_index() * 4 < size;
+      float scores[4][kHeads] = {};
+      if (is_active) score_tokens<kIsInt8, kHeads>(a, page, token, weights, scores);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (is_active && c.has(position + i)) continue;
+#pragma unroll
+        for (int g = 0; g < kHeads; ++g) scores[i][g] = -INFINITY;
+      }
+      store_tile<kHeads>(a, block.head, block.heads, p * tiles + t, position, is_active, scores);
+    }
+  }
+  if (!is_last_block(a.scratch.scored + block.head, gridDim.x)) return;
+  for (int g = 0; g < block.heads; ++g) sum_head(a, c, block.head + g);
+}
+
+}  // namespace
+
+void score(const SelectArgs& a, cudaStream_t stream) {
+  with_factors(a, [&](auto is_int8, auto heads) {
+    constexpr bool kIsInt8 = decltype(is_int8)::value;
+    constexpr int kHeads = decltype(heads)::value;
+    const dim3 grid(ceil_div(a.pages, 2 * kWarps), a.kv_heads * head_blocks<kHeads>(a), a.requests);
+    if (a.head_size <= 128) {
+      launch(score_kernel<kIsInt8, kHeads, 1>, grid, kThreads, stream, a);
+    } else {
+      launch(score_kernel<kIsInt8, kHeads, 2>, grid, kThreads, stream, a);
+    }
+  });
+}
+
+}  // namespace lrqk::cuda

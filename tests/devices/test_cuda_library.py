@@ -1,0 +1,45 @@
+"""What is said of a library of CUDA kernels that is missing or does not load."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from vllm_lrqk.devices import cuda_library
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    path = tmp_path / "_cuda_kernels.so"
+    monkeypatch.setattr(cuda_library, "LIBRARY", path)
+    monkeypatch.setattr(cuda_library, "load", cuda_library.load.__wrapped__)
+    return path
+
+
+def message_of_load() -> str:
+    with pytest.raises(RuntimeError) as error:
+        cuda_library.load()
+    message = str(error.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
+
+
+def test_missing_library_is_named_with_its_remedy(library: Path) -> None:
+    message = message_of_load()
+    assert str(library) in message
+    assert "VLLM_LRQK_FORCE_CUDA=1" in message
+
+
+def test_library_that_does_not_load_is_named_with_the_loaders_error(library: Path) -> None:
+    library.write_bytes(b"no library at all, only some bytes that no loader takes for one" * 4)
+    message = message_of_load()
+    assert "do not load" in message
+    assert str(library) in message
+    assert "invalid ELF header" in message
+
+
+def test_operators_log_the_reason_once(library: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert cuda_library.operators() is None
+    assert [record.getMessage() for record in caplog.records] == [message_of_load()]

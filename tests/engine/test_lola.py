@@ -1,0 +1,95 @@
+"""LoLA in a real engine: constant memory per request, and tokens that do not show how vLLM scheduled them."""
+
+import pytest
+from engines import counters, engine, greedy, scheduler, tiny_llama, token_prompts
+from startup import sentence, start
+
+pytestmark = pytest.mark.engine
+
+# Small enough that most of a prompt is in the state.
+SMALL = {"window": 32, "chunk": 16, "cache": 24, "state_rank": 8}
+LENGTHS = [1, 2, 47, 48, 49, 63, 200, 500]
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return tiny_llama(models, 4, 2, 64)
+
+
+def lola(model, values=SMALL, **settings):
+    return engine(model, values, "LOLA", **({"kv_cache_memory_bytes": 1 << 26} | settings))
+
+
+def tokens(llm, prompts, count=24):
+    return [list(output.token_ids) for output in greedy(llm, prompts, count)]
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """Whole prompts, one at a time."""
+    with lola(model, max_num_seqs=1) as llm:
+        return [tokens(llm, [prompt])[0] for prompt in token_prompts(LENGTHS)]
+
+
+def test_a_window_over_all_tokens_is_dense(model):
+    prompts = token_prompts([1, 63, 500])
+    with engine(model) as llm:
+        dense = tokens(llm, prompts)
+    with lola(model, {"window": 1024}) as llm:
+        assert tokens(llm, prompts) == dense
+
+
+@pytest.mark.parametrize(
+    ("settings"),
+    [
+        {"max_num_seqs": 4},
+        {"max_num_seqs": 4, "max_num_batched_tokens": 256},
+        {"max_num_seqs": 3, "max_num_batched_tokens": 60},
+    ],
+    ids=["batch", "chunks of 256", "chunks of 60"],
+)
+def test_schedules_do_not_show(model, alone, settings):
+    with lola(model, **settings) as llm:
+        assert tokens(llm, token_prompts(LENGTHS)) == alone
+
+
+def test_small_memory_does_not_show(model, alone):
+    """Room for two requests: the others wait, and take over blocks that are full of others' memory."""
+    with lola(model) as llm:
+        block = scheduler(llm).kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    with lola(model, kv_cache_memory_bytes=2 * 3 * block) as llm:
+        assert scheduler(llm).kv_cache_manager.block_pool.num_gpu_blocks == 3  # one is vLLM's null block
+        for _ in range(2):
+            assert tokens(llm, token_prompts(LENGTHS)) == alone
+
+
+@pytest.mark.parametrize("length", [64, 500, 1500])
+def test_a_request_takes_one_block_however_long_it_is(model, length):
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
+    with lola(model) as llm:
+        pool, used = scheduler(llm).kv_cache_manager.block_pool, set()
+        llm.llm_engine.add_request("one", token_prompts([length])[0], parameters)
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+            if llm.llm_engine.has_unfinished_requests():
+                used.add(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        assert used == {1}
+        assert counters(llm)["decode_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"window": 100}, ["lola.window", "100", "multiple of 16"]),
+        ({"cache": 2}, ["lola.cache", "4 sink_tokens"]),
+        ({"state_rank": 68}, ["lola.state_rank", "68", "head size", "64"]),
+        ({"state": "hedgehog"}, ["lola.feature_maps", "null"]),
+        ({"state": "hedgehog", "feature_maps": "/nowhere.pt"}, ["lola.feature_maps", "no such file"]),
+    ],
+)
+def test_refusals_end_start_up(model, settings, words):
+    with pytest.raises(ValueError) as error:
+        start(model, attention_backend="LOLA", additional_config={"lola": settings})
+    assert all(word in sentence(error) for word in words), sentence(error)

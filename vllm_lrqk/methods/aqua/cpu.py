@@ -1,0 +1,102 @@
+"""Compiled CPU kernels of AQUA: csrc/cpu/aqua behind torch.ops.vllm_lrqk."""
+
+from functools import partial
+
+import torch
+
+from vllm_lrqk.methods.aqua.basis import Basis
+from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks
+from vllm_lrqk.methods.aqua.kernels import TORCH, Kernels
+from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.lrqk.cpu import _DTYPES, _VECTOR_ELEMENTS, INSTRUCTION_SETS, _int32, instruction_sets
+
+_MAX_STORED = 512
+
+
+def kernels(name: str | None = None) -> Kernels:
+    """The kernels of one instruction set, or the best that there are.
+
+    Raises:
+        ValueError: `name` cannot run here.
+    """
+    available = instruction_sets()
+    if name is None and not available:
+        return TORCH
+    if name is not None and name not in available:
+        raise ValueError(f"CPU kernels {name!r} cannot run here; available: {', '.join(available) or 'none'}.")
+    names = available[available.index(name) if name else 0 :]
+    return Kernels(
+        f"cpu-{names[0]}", partial(_append, names), TORCH.prefill_attention, partial(_decode_attention, names)
+    )
+
+
+def _pick(names: tuple[str, ...], block_format: BlockFormat) -> int | None:
+    """Index of the first instruction set whose vectors divide blocks, values and stored dimensions."""
+    f = block_format
+    if f.stored > _MAX_STORED:
+        return None
+    for name in names:
+        width = _VECTOR_ELEMENTS[name]
+        if f.block_size % (2 * width) == f.head_size % (2 * width) == f.stored % width == 0:
+            return INSTRUCTION_SETS.index(name)
+    return None
+
+
+def _offsets(block_format: BlockFormat) -> tuple[int, bool, int, int]:
+    f = block_format
+    return f.block_size, f.is_quantized, f.value_offset, f.key_scale_offset
+
+
+def _append(
+    names: tuple[str, ...],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: Blocks,
+    basis: Basis,
+    slot_mapping: torch.Tensor,
+) -> None:
+    index = _pick(names, blocks.format)
+    if index is None or not key.dtype == value.dtype == blocks.format.value_dtype or key.dtype not in _DTYPES:
+        return TORCH.append(key, value, blocks, basis, slot_mapping)
+    return torch.ops.vllm_lrqk.cpu_aqua_append(
+        key,
+        value,
+        blocks.raw,
+        basis.projection,
+        basis.offset,
+        basis.sigma,
+        slot_mapping.long().contiguous(),
+        *_offsets(blocks.format),
+        index,
+    )
+
+
+def _decode_attention(
+    names: tuple[str, ...],
+    query: torch.Tensor,
+    blocks: Blocks,
+    basis: Basis,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    config: AquaConfig,
+    output: torch.Tensor,
+) -> None:
+    index = _pick(names, blocks.format)
+    if index is None or not query.dtype == output.dtype == blocks.format.value_dtype or query.dtype not in _DTYPES:
+        return TORCH.decode_attention(query, blocks, basis, block_table, seq_lens, scale, config, output)
+    return torch.ops.vllm_lrqk.cpu_aqua_decode(
+        query,
+        blocks.raw,
+        basis.projection,
+        basis.offset,
+        basis.sigma,
+        _int32(block_table),
+        _int32(seq_lens),
+        scale,
+        config.num_kept(blocks.format.head_size),
+        config.choose == "query_head",
+        *_offsets(blocks.format),
+        output,
+        index,
+    )

@@ -1,0 +1,101 @@
+"""LoLA's compiled CPU kernels: csrc/cpu/lola behind torch.ops.vllm_lrqk."""
+
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from vllm_lrqk.methods.lola import attention
+from vllm_lrqk.methods.lola.attention import Rules
+from vllm_lrqk.methods.lola.format import Memory, MemoryFormat
+from vllm_lrqk.methods.lola.kernels import TORCH, Kernels
+from vllm_lrqk.methods.lola.state import LEAST_VARIANCE, RIDGE, HedgehogState, SlopeState
+from vllm_lrqk.methods.lrqk.cpu import _DTYPES, _int32, _pick, instruction_sets
+
+
+@cache
+def kernels(name: str | None = None) -> Kernels:
+    """The kernels of one instruction set, or the best that there are.
+
+    Raises:
+        ValueError: `name` cannot run here.
+    """
+    available = instruction_sets()
+    if name is None and not available:
+        return TORCH
+    if name is not None and name not in available:
+        raise ValueError(f"CPU kernels {name!r} cannot run here; available: {', '.join(available) or 'none'}.")
+    names = available[available.index(name) if name else 0 :]
+    return Kernels(f"cpu-{names[0]}", partial(_decode_attention, names), partial(_prefill_attention, names))
+
+
+def _decode_attention(
+    names: tuple[str, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    memory: Memory,
+    blocks: torch.Tensor,
+    seq_lens: torch.Tensor,
+    rules: Rules,
+    output: torch.Tensor,
+) -> None:
+    index = _choose(names, query, key, value, memory, rules, output)
+    if index is None:
+        return attention.decode_attention(query, key, value, memory, blocks, seq_lens, rules, output)
+    blocks = blocks if blocks.dtype == torch.int32 else blocks.int()
+    return torch.ops.vllm_lrqk.cpu_lola_decode(
+        query, key, value, *_state(memory, rules), blocks, _int32(seq_lens), output, index
+    )
+
+
+def _prefill_attention(
+    names: tuple[str, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    memory: Memory,
+    block: int | torch.Tensor,
+    context_len: int,
+    rules: Rules,
+    output: torch.Tensor,
+) -> None:
+    index = _choose(names, query, key, value, memory, rules, output)
+    if index is None:
+        return attention.prefill_attention(query, key, value, memory, block, context_len, rules, output)
+    return torch.ops.vllm_lrqk.cpu_lola_prefill(
+        query, key, value, *_state(memory, rules), int(block), context_len, output, index
+    )
+
+
+def _choose(
+    names: tuple[str, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    memory: Memory,
+    rules: Rules,
+    output: torch.Tensor,
+) -> int | None:
+    """Index of the instruction set that can do this; None: the plain torch form has to."""
+    dtypes = {tensor.dtype for tensor in (query, key, value, output)} | {memory.format.dtype}
+    if isinstance(rules.state, HedgehogState) or len(dtypes) > 1 or query.dtype not in _DTYPES:
+        return None
+    return _pick(names, query.shape[-1])
+
+
+def _state(memory: Memory, rules: Rules) -> tuple[Any, ...]:
+    """What both operators say of the layer."""
+    if isinstance(rules.state, SlopeState):
+        directions = rules.state.directions.query, rules.state.directions.key
+    else:
+        none = torch.empty(memory.heads, 0, memory.format.head_size)
+        directions = none, none
+    return memory.raw, _layout(memory.format), *directions, rules.scale, RIDGE, LEAST_VARIANCE
+
+
+@cache
+def _layout(memory_format: MemoryFormat) -> list[int]:
+    layout = memory_format.layout
+    names = torch.ops.vllm_lrqk.cpu_lola_layout().split(",")[:-1]
+    return [int(layout[name]) for name in names]
