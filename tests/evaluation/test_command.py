@@ -40,8 +40,14 @@ def tokenizer(needle_folder):
         (["--jsonl", "nowhere.jsonl=bleu"], "--jsonl: 'bleu' is no scorer; choose from f1, rouge, exact, classes."),
         (["--config", '{"top_k": 5}'], "--config: '{\"top_k\": 5}' has no name"),
         (["--config", "a={"], "--config a: '{' is not JSON"),
-        (["--config", 'a={"backend": "lrqk"}'], "--config a: backend is 'lrqk', but must be one of LRQK"),
-        (["--config", 'a={"backend": "TURBO"}'], "--config a: backend is 'TURBO', but must be one of LRQK"),
+        (
+            ["--config", 'a={"backend": "lrqk"}'],
+            f"--config a: backend is 'lrqk', but must be one of {', '.join(METHODS)}.",
+        ),
+        (
+            ["--config", 'a={"backend": "TURBO"}'],
+            f"--config a: backend is 'TURBO', but must be one of {', '.join(METHODS)}.",
+        ),
         (["--chat"], "--chat: the model's tokenizer has no chat template, leave it out."),
         (["--config", 'a={"topk": 5}'], "--config a: lrqk.topk is not a setting of vllm-lrqk; did you mean top_k?"),
         (["--config", "a={}", "--config", "a={}"], "--config: the name 'a' is given twice"),
