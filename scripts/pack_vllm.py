@@ -16,6 +16,7 @@ licence files; it is for carrying, not for publishing.
 
 import argparse
 import lzma
+import os
 import shutil
 import struct
 import subprocess
@@ -197,7 +198,8 @@ def main() -> None:
     parser.add_argument("--site", type=Path, help="folder to lay the files out in (default: a temporary one)")
     parser.add_argument(
         "--verify-python",
-        help="a Python 3.12 with the torch of that machine, which imports the result before it is packed",
+        help="a Python 3.12 with the torch of that machine, which imports the result before it is packed "
+        "(without a driver, LD_LIBRARY_PATH must name a folder with some libcuda.so.1)",
     )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -215,7 +217,11 @@ def main() -> None:
         write_plugin(site)
         if arguments.verify_python:
             project = Path(__file__).resolve().parent.parent
-            environment = {"PYTHONPATH": f"{site}:{project}", "HOME": scratch, "PYTHONDONTWRITEBYTECODE": "1"}
+            environment = os.environ | {
+                "PYTHONPATH": f"{site}:{project}",
+                "HOME": scratch,
+                "PYTHONDONTWRITEBYTECODE": "1",
+            }
             subprocess.run([arguments.verify_python, "-c", IMPORTS, *MODULES], env=environment, check=True)
         archive = arguments.output / "vllm.tar.xz"
         compress(site, archive)
