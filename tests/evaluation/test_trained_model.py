@@ -22,6 +22,7 @@ def rows(tmp_path_factory):
     arguments = ["--tasks", "niah_single", "copy", "--lengths", "1024", "--samples", "6", "--decode-question"]
     arguments += ["--perplexity", str(text), "--continuation", "32", "--dtype", "float32"]
     arguments += ["--config", f"lrqk={json.dumps(LRQK)}", "--config", f"tiny={json.dumps(TINY)}"]
+    arguments += ["--config", 'lola={"backend": "LOLA"}', "--config", 'aqua={"backend": "AQUA"}']
     arguments += ["--output", str(folder)]
     main(arguments)
     results = json.loads((folder / "results.json").read_text())
@@ -46,3 +47,13 @@ def test_perplexity(rows):
     dense, lrqk, tiny = (rows["perplexity", name]["value"] for name in ("dense", "lrqk", "tiny"))
     assert lrqk / dense == pytest.approx(1, abs=0.01)
     assert tiny / dense > 1.05
+
+
+def test_other_methods_join(rows):
+    """A state of one size for LoLA; for AQUA bytes per token; both compared with dense attention as LRQK is."""
+    for name in ("lola", "aqua"):
+        row = rows["perplexity", name]
+        assert row["samples"] == rows["perplexity", "dense"]["samples"] and row["divergence"] > 0
+    lola, aqua, dense = (rows["niah_single", name] for name in ("lola", "aqua", "dense"))
+    assert lola["device_bytes_per_token"] == 0 < lola["device_bytes_per_request"]
+    assert 0 < aqua["device_bytes_per_token"] <= dense["device_bytes_per_token"]
