@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 
 from vllm_lrqk.methods.lola.attention import Rules, decode_attention, prefill_attention
-from vllm_lrqk.methods.lola.directions import random_directions
+from vllm_lrqk.methods.lola.directions import Directions
 from vllm_lrqk.methods.lola.feature_maps import FeatureMaps
 from vllm_lrqk.methods.lola.format import Memory, MemoryFormat
 from vllm_lrqk.methods.lola.settings import LolaSettings
@@ -66,6 +66,14 @@ def make_maps(
     )
 
 
+def orthonormal_directions(kv_heads: int, head_size: int, rank: int) -> Directions:
+    """Others for each head, and for queries and keys the same."""
+    generator = torch.Generator().manual_seed(7)
+    basis = torch.linalg.qr(torch.randn(kv_heads, head_size, rank, generator=generator)).Q
+    rows = basis.mT.contiguous()
+    return Directions(rows, rows)
+
+
 def make_rules(
     settings: LolaSettings,
     kv_heads: int = KV_HEADS,
@@ -75,7 +83,7 @@ def make_rules(
     scale = head_size**-0.5
     state: State = NoState()
     if settings.state == "slope":
-        state = SlopeState(random_directions(kv_heads, head_size, settings.state_rank), scale)
+        state = SlopeState(orthonormal_directions(kv_heads, head_size, settings.state_rank), scale)
     elif settings.state == "hedgehog":
         state = HedgehogState(maps or make_maps())
     return Rules(settings, state, scale)

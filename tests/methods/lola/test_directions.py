@@ -1,28 +1,48 @@
 import pytest
 import torch
+from lola_cases import orthonormal_directions
 
-from vllm_lrqk.methods.lola.directions import calibrated_directions, random_directions
+from vllm_lrqk.core.rotary import RotaryTable
+from vllm_lrqk.methods.lola.directions import Rotary, calibrated_directions, slow_directions
 
 KV_HEADS, HEAD_SIZE, TOKENS = 2, 16, 500
 
 
-@pytest.mark.parametrize(("head_size", "rank"), [(64, 16), (96, 4), (128, 128)])
-def test_random_directions_are_orthonormal_and_the_same_for_every_head(head_size, rank):
-    directions = random_directions(3, head_size, rank)
-    assert directions.key.shape == (3, rank, head_size)
-    assert torch.allclose(directions.key @ directions.key.mT, torch.eye(rank).expand(3, -1, -1), atol=1e-6)
+@pytest.mark.parametrize(
+    ("rotary", "dimensions"),
+    [
+        (Rotary(16), [7, 15, 6, 14]),
+        (Rotary(16, is_interleaved=True), [14, 15, 12, 13]),
+        (Rotary(14), [14, 15, 6, 13]),  # two dimensions that are not turned
+        (Rotary(8), [8, 9, 10, 11]),
+    ],
+)
+def test_slow_directions_are_the_dimensions_that_turn_least(rotary, dimensions):
+    directions = slow_directions(3, 16, 4, rotary)
+    assert torch.equal(directions.key, torch.eye(16)[dimensions].expand(3, -1, -1))
     assert torch.equal(directions.query, directions.key)
-    assert torch.equal(directions.key[0], directions.key[2])
 
 
-def test_random_directions_leave_torch_s_generator_alone():
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    first = random_directions(1, 64, 16)
-    assert torch.equal(torch.rand(3), expected)
-    torch.manual_seed(2)
-    assert torch.equal(random_directions(1, 64, 16).key, first.key)
+def test_they_turn_least_in_the_rope_that_models_use():
+    table = RotaryTable.from_base(10000.0, 16, positions=2)
+    vectors = torch.eye(16)
+    turned = (table.rotate(vectors, 1) - vectors).norm(dim=-1)
+    chosen = slow_directions(1, 16, 6, Rotary(16)).key[0] @ turned
+    assert chosen.max() <= turned.sort().values[5] + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, Rotary(64)),
+        ({"model_type": "llama", "rope_parameters": {"rope_theta": 1e6}}, Rotary(64)),
+        ({"model_type": "phi", "partial_rotary_factor": 0.5}, Rotary(32)),
+        ({"model_type": "glm4", "rope_parameters": {"partial_rotary_factor": 0.5}}, Rotary(32, is_interleaved=True)),
+        ({"model_type": "gptj", "rotary_dim": 48}, Rotary(48, is_interleaved=True)),
+    ],
+)
+def test_rotary_of_a_model(config, expected):
+    assert Rotary.of(config, 64) == expected
 
 
 def tokens(columns: int = HEAD_SIZE):
@@ -65,5 +85,5 @@ def test_no_other_product_of_the_rank_is_nearer(rank):
     best = error(directions.query.mT @ directions.key)
     values = torch.linalg.svdvals(query.double() @ centred.mT)
     assert best == pytest.approx(float((values[:, rank:].square().sum() / (KV_HEADS * TOKENS**2)).sqrt()), rel=1e-3)
-    random = random_directions(KV_HEADS, HEAD_SIZE, rank)
-    assert best < error(random.query.mT @ random.key)
+    other = orthonormal_directions(KV_HEADS, HEAD_SIZE, rank)
+    assert best < error(other.query.mT @ other.key)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from lola_cases import GROUP, HEAD_SIZE, KV_HEADS, make_maps, make_memory, make_tokens
+from lola_cases import GROUP, HEAD_SIZE, KV_HEADS, make_maps, make_memory, make_tokens, orthonormal_directions
 
-from vllm_lrqk.methods.lola.directions import random_directions
 from vllm_lrqk.methods.lola.settings import LolaSettings
 from vllm_lrqk.methods.lola.state import HedgehogState, SlopeState
 
@@ -30,7 +29,7 @@ def test_slope_moments(pieces, offset):
     """Also with a mean that is thirty times the deviation, where sums of squares would lose four digits."""
     tokens = make_tokens(64)
     key, value = (tokens.key + offset).transpose(0, 1), tokens.value.transpose(0, 1)
-    directions = random_directions(KV_HEADS, HEAD_SIZE, RANK)
+    directions = orthonormal_directions(KV_HEADS, HEAD_SIZE, RANK)
     state = SlopeState(directions, SCALE)
     sums = folded_state(state, LolaSettings(state_rank=RANK), key, value, pieces)
     k, v = key.double(), value.double()
@@ -58,7 +57,7 @@ def test_slope_moments(pieces, offset):
 def test_slope_recall_is_ridge_regression():
     tokens = make_tokens(100)
     key, value = tokens.key.transpose(0, 1), tokens.value.transpose(0, 1)
-    directions = random_directions(KV_HEADS, HEAD_SIZE, RANK)
+    directions = orthonormal_directions(KV_HEADS, HEAD_SIZE, RANK)
     state = SlopeState(directions, SCALE)
     sums = folded_state(state, LolaSettings(state_rank=RANK), key, value, [100])
     k, v = key.double(), value.double()
@@ -74,7 +73,7 @@ def test_one_folded_pair_recalls_its_value():
     key, value = tokens.key.transpose(0, 1), tokens.value.transpose(0, 1)
     maps = make_maps()
     hedgehog = LolaSettings(state="hedgehog", feature_maps="file")
-    slope = SlopeState(random_directions(KV_HEADS, HEAD_SIZE, RANK), SCALE)
+    slope = SlopeState(orthonormal_directions(KV_HEADS, HEAD_SIZE, RANK), SCALE)
     for state, settings in ((HedgehogState(maps), hedgehog), (slope, LolaSettings(state_rank=RANK))):
         sums = folded_state(state, settings, key, value, [1])
         assert torch.allclose(state.recall(sums, key, 1), value, atol=1e-5)
@@ -85,7 +84,7 @@ def test_equal_keys_are_read_exactly():
     tokens = make_tokens(50)
     key = tokens.key[:1].expand(50, -1, -1).transpose(0, 1)
     value = tokens.value.transpose(0, 1)
-    state = SlopeState(random_directions(KV_HEADS, HEAD_SIZE, RANK), SCALE)
+    state = SlopeState(orthonormal_directions(KV_HEADS, HEAD_SIZE, RANK), SCALE)
     sums = folded_state(state, LolaSettings(state_rank=RANK), key, value, [30, 20])
     query = tokens.query.unflatten(1, (KV_HEADS, GROUP)).permute(1, 2, 0, 3)
     log_mass, mean = state.read(sums, query, 50, torch.zeros(query.shape[:-1]))

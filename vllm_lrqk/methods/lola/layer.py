@@ -6,7 +6,7 @@ from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.layer import Layer, LayerPlace, LayerShape
 from vllm_lrqk.core.step import PrefillChunk, Step
 from vllm_lrqk.methods.lola.attention import Rules
-from vllm_lrqk.methods.lola.directions import Directions, random_directions
+from vllm_lrqk.methods.lola.directions import Directions, Rotary, slow_directions
 from vllm_lrqk.methods.lola.dispatch import kernels_for
 from vllm_lrqk.methods.lola.feature_maps import load_feature_maps, map_shapes
 from vllm_lrqk.methods.lola.format import Memory, MemoryFormat
@@ -46,7 +46,7 @@ class LolaLayer(Layer):
 
     Args:
         raw: uint8 [num_blocks, KV, memory(...) or more], any content; the last dimension contiguous.
-        directions: of the slope state; None: pseudo-random ones.
+        directions: of the slope state; None: the dimensions that RoPE turns slowest, in Llama's style.
 
     Raises:
         ConfigError: the file of feature maps cannot be used for this model.
@@ -112,5 +112,5 @@ def _state(
     if settings.feature_maps is not None:
         return HedgehogState(load_feature_maps(settings.feature_maps, shape, place).to(device))
     if directions is None:
-        directions = random_directions(shape.kv_heads, shape.head_size, settings.state_rank)
+        directions = slow_directions(shape.kv_heads, shape.head_size, settings.state_rank, Rotary(shape.head_size))
     return SlopeState(directions.to(device), shape.scale)

@@ -9,7 +9,7 @@ from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.layer import LayerMemory, LayerPlace, LayerShape
 from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts
-from vllm_lrqk.methods.lola.directions import calibrated_directions
+from vllm_lrqk.methods.lola.directions import Directions, Rotary, calibrated_directions, slow_directions
 from vllm_lrqk.methods.lola.layer import LolaLayer, memory
 from vllm_lrqk.methods.lola.settings import LolaSettings
 
@@ -26,6 +26,7 @@ class Lola(Method):
     block_size_setting = "lola.chunk"
     settings: LolaSettings
     _calibration: CalibrationSource | None = None
+    _rotary: Rotary | None = None
 
     def check(self, model: ModelFacts) -> None:
         memory(self.settings, model.head_size, torch.float32, model.heads // model.kv_heads)
@@ -33,6 +34,7 @@ class Lola(Method):
             raise ConfigError(
                 'lola.state is "hedgehog", but only the CPU platform serves it: set it to "slope" or "none".'
             )
+        self._rotary = Rotary.of(model.config, model.head_size)
         if self.settings.directions is not None:
             identity = ModelIdentity.of(model)
             self._calibration = CalibrationSource("lola.directions", self.settings.directions, identity)
@@ -53,9 +55,12 @@ class Lola(Method):
         device: torch.device,
     ) -> LolaLayer:
         assert memory.request_blocks is not None
-        directions = None
-        if self._calibration is not None:
-            moments = self._calibration.open().moments(place, shape.kv_heads)
-            rank = self.settings.state_rank
-            directions = calibrated_directions(moments.query, moments.key, moments.key_mean, rank)
-        return LolaLayer(memory.request_blocks, shape, self.settings, place, directions)
+        return LolaLayer(memory.request_blocks, shape, self.settings, place, self._directions(shape, place))
+
+    def _directions(self, shape: LayerShape, place: LayerPlace) -> Directions:
+        rank = self.settings.state_rank
+        if self._calibration is None:
+            rotary = self._rotary or Rotary(shape.head_size)
+            return slow_directions(shape.kv_heads, shape.head_size, min(rank, shape.head_size), rotary)
+        moments = self._calibration.open().moments(place, shape.kv_heads)
+        return calibrated_directions(moments.query, moments.key, moments.key_mean, rank)

@@ -30,7 +30,7 @@ class LolaSettings(Settings):
     state_rank: int = field(default=16, metadata={"minimum": 4, "multiple_of": 4})
     """Directions of `state: "slope"`; a multiple of 4, at most the model's head size."""
     directions: str | None = None
-    """Calibration file of the model (`vllm-lrqk calibrate`) that they come from; null: fixed pseudo-random ones."""
+    """Calibration file of the model (`vllm-lrqk calibrate`) that they come from; null: the slowest of RoPE."""
     select: str = field(default="recall", metadata={"choices": ("recall", "random")})
     """Who stays in the cache. "recall": the largest self-recall error; "random": a control for measurements."""
     feature_maps: str | None = None
