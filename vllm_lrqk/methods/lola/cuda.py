@@ -1,6 +1,6 @@
 """LoLA's kernels for CUDA devices, in Triton; none of them waits for the host.
 
-Not run on a GPU yet: tested with Triton's interpreter.
+Hardly run on a GPU yet (docs/lola.md): tested with Triton's interpreter.
 """
 
 from functools import partial

@@ -3,7 +3,7 @@
 A program serves some tokens of one (request, KV head), with their query heads as rows, and a part of the memory's rows;
 the first part takes the state in as well. `triton_parts.combine` merges the parts.
 
-Not run on a GPU yet: tested with Triton's interpreter.
+Hardly run on a GPU yet (docs/lola.md): tested with Triton's interpreter.
 """
 
 import os
