@@ -3,7 +3,8 @@
 A program serves one (request, KV head). Where no chunk has to leave it only writes the new rows, so a captured step
 launches it every time. The formulas are those of `attention.update`, `SlopeState.fold` and `SlopeState.recall`.
 
-Hardly run on a GPU yet (docs/lola.md): tested with Triton's interpreter, and compiled for the architectures that tests/support names.
+Hardly run on a GPU yet (docs/lola.md): tested with Triton's interpreter, and compiled for the architectures that
+tests/support names.
 """
 
 import torch
