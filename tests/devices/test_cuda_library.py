@@ -1,6 +1,5 @@
 """What is said of a library of CUDA kernels that is missing or does not load."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -37,9 +36,3 @@ def test_library_that_does_not_load_is_named_with_the_loaders_error(library: Pat
     assert "do not load" in message
     assert str(library) in message
     assert "invalid ELF header" in message
-
-
-def test_operators_log_the_reason_once(library: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert cuda_library.operators() is None
-    assert [record.getMessage() for record in caplog.records] == [message_of_load()]

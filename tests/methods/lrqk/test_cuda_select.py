@@ -171,7 +171,8 @@ def test_memory_is_used_again(residual: str) -> None:
 
 def test_a_batch_that_does_not_fit_is_refused() -> None:
     layer = make_layer([300], LRQKConfig(page_size=32, top_k=100))
-    workspace = workspace_for(layer)
+    workspace = workspace_for(layer, requests=2)
+    workspace.max_requests = 1
     with pytest.raises(RuntimeError, match="state has room"):
         workspace.select(
             layer.query.repeat(2, 1, 1), layer.factors, layer.block_table.repeat(2, 1), layer.seq_lens.repeat(2), 1.0
