@@ -5,7 +5,8 @@
 32 query heads, 8 KV heads, head size 128, bfloat16, default settings. Both backends run in one process and in turns;
 ratios are of neighbouring calls, for decode steps of one dense step and the median of eight of LoLA's. Decode steps
 take a request of the given length, one copy of the layer after the other until 128 MiB have passed, so that nothing
-stays in the caches that would not stay there in a model; "update" is a step in which a chunk leaves the window, one of 64.
+stays in the caches that would not stay there in a model; "update" is a step in which a chunk leaves the window, one of
+64.
 Prefill goes through in chunks, as vLLM's scheduler cuts it; above --whole tokens the dense backend runs its first and
 its last chunk alone, and its time is that of chunks that grow linearly in between. Times are medians with their range.
 Errors are relative to exact attention in float32: LoLA's is what the method loses on keys and values of these
