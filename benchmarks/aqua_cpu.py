@@ -31,7 +31,7 @@ from cpu_layers import HEAD_SIZE, HEADS, KV_HEADS, SCALE, CpuAttn, pack_cache, r
 from vllm_lrqk.methods.aqua import cpu  # noqa: E402
 from vllm_lrqk.methods.aqua.basis import Basis, make_basis  # noqa: E402
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks  # noqa: E402
-from vllm_lrqk.methods.aqua.settings import AquaConfig  # noqa: E402
+from vllm_lrqk.methods.aqua.settings import AquaSettings  # noqa: E402
 
 DTYPE = torch.bfloat16
 BLOCK_SIZE = 128
@@ -39,13 +39,13 @@ COLD_BYTES = 128 << 20
 SECONDS = 4.0
 """Measured time per length, at least; and at least 15 calls."""
 CONFIGURATIONS = {
-    "keep 1.0": AquaConfig(keep=1.0),
-    "keep 0.75": AquaConfig(keep=0.75),
-    "keep 0.5": AquaConfig(keep=0.5),
-    "keep 0.75, per query head": AquaConfig(keep=0.75, choose="query_head"),
-    "stored 0.75, keep 1.0": AquaConfig(keep=1.0, stored=0.75),
-    "int8, keep 1.0": AquaConfig(keep=1.0, key_dtype="int8"),
-    "int8, keep 0.5": AquaConfig(keep=0.5, key_dtype="int8"),
+    "keep 1.0": AquaSettings(keep=1.0),
+    "keep 0.75": AquaSettings(keep=0.75),
+    "keep 0.5": AquaSettings(keep=0.5),
+    "keep 0.75, per query head": AquaSettings(keep=0.75, choose="query_head"),
+    "stored 0.75, keep 1.0": AquaSettings(keep=1.0, stored=0.75),
+    "int8, keep 1.0": AquaSettings(keep=1.0, key_dtype="int8"),
+    "int8, keep 0.5": AquaSettings(keep=0.5, key_dtype="int8"),
 }
 
 
@@ -138,7 +138,7 @@ def measure(length: int, clock: Callable[[], float]) -> dict[str, tuple[float, f
     return {name: (median(times[name]) * 1e3, errors[name], shares[name]) for name in calls}
 
 
-def _read_per_query_head(request: Request, basis: Basis, config: AquaConfig) -> float:
+def _read_per_query_head(request: Request, basis: Basis, config: AquaSettings) -> float:
     """Bytes of keys that a group reads of each token, where its heads choose for themselves."""
     from vllm_lrqk.methods.aqua.attention import chosen_dimensions
 

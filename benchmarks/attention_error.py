@@ -33,8 +33,8 @@ from vllm_lrqk.evaluation.attention.decoding import (  # noqa: E402
 from vllm_lrqk.evaluation.attention.generator import SETS, QKVSet, generate  # noqa: E402
 from vllm_lrqk.evaluation.attention.qkv import QKV  # noqa: E402
 from vllm_lrqk.evaluation.reference.published_attention import PublishedSettings  # noqa: E402
-from vllm_lrqk.methods.aqua.settings import AquaConfig  # noqa: E402
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
+from vllm_lrqk.methods.aqua.settings import AquaSettings  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 
 TOP_K, RECENT_TOKENS = 512, 64
 BASELINE = "published, rank 32"
@@ -43,7 +43,7 @@ BASELINE = "published, rank 32"
 
 def paged(first_chunk: int | None = None, **values: int | float | str) -> dict:
     """A page-local configuration; `values` are what differs from the default with TOP_K."""
-    config = LRQKConfig(**{"top_k": TOP_K, "recent_tokens": RECENT_TOKENS, "sink_tokens": 4, **values})  # type: ignore[arg-type]
+    config = LRQKSettings(**{"top_k": TOP_K, "recent_tokens": RECENT_TOKENS, "sink_tokens": 4, **values})  # type: ignore[arg-type]
     return {"config": config, "first_chunk": first_chunk}
 
 
@@ -65,7 +65,7 @@ class Calibrated:
         return paged_decode(qkv, steps, config, layer=layer)
 
 
-Configuration = dict | PublishedSettings | Calibrated | AquaConfig
+Configuration = dict | PublishedSettings | Calibrated | AquaSettings
 CONFIGURATIONS: dict[str, Configuration] = {
     BASELINE: PublishedSettings(rank=32, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
     "published, rank 16": PublishedSettings(rank=16, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
@@ -105,13 +105,13 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "calibrated, values too": Calibrated(has_value_map=False),
     "calibrated on half": Calibrated(has_value_map=True, share=0.5),
     "half, values too": Calibrated(has_value_map=False, share=0.5),
-    "AQUA 1.0": AquaConfig(keep=1.0),
-    **{f"AQUA {keep}": AquaConfig(keep=keep) for keep in (0.875, 0.75, 0.625, 0.5, 0.25)},
-    **{f"AQUA {keep}, query_head": AquaConfig(keep=keep, choose="query_head") for keep in (0.75, 0.5, 0.25)},
-    "AQUA 1.0, stored 0.75": AquaConfig(keep=1.0, stored=0.75),
-    "AQUA 0.75, stored 0.75": AquaConfig(keep=0.75, stored=0.75),
-    "AQUA 1.0, int8": AquaConfig(keep=1.0, key_dtype="int8"),
-    "AQUA 0.5, int8": AquaConfig(keep=0.5, key_dtype="int8"),
+    "AQUA 1.0": AquaSettings(keep=1.0),
+    **{f"AQUA {keep}": AquaSettings(keep=keep) for keep in (0.875, 0.75, 0.625, 0.5, 0.25)},
+    **{f"AQUA {keep}, query_head": AquaSettings(keep=keep, choose="query_head") for keep in (0.75, 0.5, 0.25)},
+    "AQUA 1.0, stored 0.75": AquaSettings(keep=1.0, stored=0.75),
+    "AQUA 0.75, stored 0.75": AquaSettings(keep=0.75, stored=0.75),
+    "AQUA 1.0, int8": AquaSettings(keep=1.0, key_dtype="int8"),
+    "AQUA 0.5, int8": AquaSettings(keep=0.5, key_dtype="int8"),
 }
 
 
@@ -120,7 +120,7 @@ def measure(spec: QKVSet, qkv: QKV, dense: torch.Tensor, steps: int, configurati
     if isinstance(configuration, PublishedSettings):
         output, published, _ = published_decode(qkv, steps, configuration)
         figures = {"device_bytes": published.device_bytes()}
-    elif isinstance(configuration, AquaConfig):
+    elif isinstance(configuration, AquaSettings):
         output, device_bytes = aqua_decode(qkv, steps, configuration)
         figures = {"device_bytes": device_bytes}
     else:

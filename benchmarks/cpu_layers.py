@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm_lrqk.core.host_pages import allocate_host_pages
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.kernels import Kernels
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 GROUP = HEADS // KV_HEADS
@@ -48,7 +48,7 @@ class Layer:
 
 
 def make_layer(
-    length: int, batch: int, config: LRQKConfig, dtype: torch.dtype, kernels: Kernels, seed: int = 0
+    length: int, batch: int, config: LRQKSettings, dtype: torch.dtype, kernels: Kernels, seed: int = 0
 ) -> Layer:
     generator = torch.Generator().manual_seed(seed)
     n = config.page_size

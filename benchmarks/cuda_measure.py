@@ -15,7 +15,7 @@ from vllm_lrqk.methods.lrqk import cuda, triton_attend
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
 from vllm_lrqk.methods.lrqk.decode import attend_selection, decode_attention
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 PROBE_BYTES = 1 << 30
@@ -24,7 +24,7 @@ PROBE_BYTES = 1 << 30
 class Bench:
     """Measures shapes of one configuration on the current device."""
 
-    def __init__(self, config: LRQKConfig, repeats: int, miss_rates: list[float], step_miss_rate: float) -> None:
+    def __init__(self, config: LRQKSettings, repeats: int, miss_rates: list[float], step_miss_rate: float) -> None:
         try:
             self.operators = cuda_library.load()
         except RuntimeError as error:
@@ -193,7 +193,7 @@ class StepUnderTest:
     def resolve(self) -> None:
         w = self.w
         page_size = w.config.page_size
-        self.hot.resolve(self.selection.rows, w.block_table, w.seq_lens, self.hot_blocks, page_size, self.resolved)
+        self.hot.resolve(self.selection.positions, w.block_table, w.seq_lens, self.hot_blocks, page_size, self.resolved)
 
     def fetch(self) -> None:
         self.hot.fetch(self.w.host, self.w.key, self.w.value, self.resolved)
@@ -214,7 +214,7 @@ class StepUnderTest:
         w, parts = self.w, self.path._parts
         splits = self.path._splits(w.shape.batch)
         parts = parts.cut(w.shape.batch * w.shape.kv_heads, splits)
-        left = (self.selection.residual, w.factors, w.block_table, self.selection.residual_factor)
+        left = (self.selection.residual, w.factors, w.block_table, self.selection.moment)
         triton_attend.attend_rows(w.query, self.hot.rows, self.resolved.address, w.scale, parts, 0, splits, *left)
         triton_parts.combine(parts, self.output)
 
@@ -222,7 +222,7 @@ class StepUnderTest:
         """Of the output, against the plain torch form on the same rows (on the CPU, from the host pages)."""
         torch.cuda.synchronize()
         w, head = self.w, torch.arange(self.w.shape.kv_heads)[None, :, None]
-        rows, table = self.selection.rows.cpu().long(), w.block_table.cpu().long()
+        rows, table = self.selection.positions.cpu().long(), w.block_table.cpu().long()
         n = w.config.page_size
         page = table.gather(1, (rows.clamp_min(0) // n).flatten(1)).view_as(rows)
         rows_kv = w.host[page, head, rows.clamp_min(0) % n].to(w.query.device)

@@ -10,7 +10,7 @@ from vllm_lrqk.core.host_pages import allocate_host_pages
 from vllm_lrqk.core.hot_rows import HotFormat
 from vllm_lrqk.devices.pinned import chunk_rows
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
 @dataclass(frozen=True)
@@ -24,32 +24,32 @@ class Shape:
     head_size: int
     dtype: torch.dtype
 
-    def pages(self, config: LRQKConfig) -> int:
+    def pages(self, config: LRQKSettings) -> int:
         """Pages of one request, with room for the tokens that the benchmark appends."""
         return -(-self.length // config.page_size) + 1
 
-    def page_format(self, config: LRQKConfig) -> PageFormat:
+    def page_format(self, config: LRQKSettings) -> PageFormat:
         return PageFormat.from_config(config, self.head_size)
 
-    def hot_format(self, config: LRQKConfig) -> HotFormat:
+    def hot_format(self, config: LRQKSettings) -> HotFormat:
         return HotFormat(self.page_format(config).page_bytes, self.head_size, self.dtype)
 
-    def host_bytes(self, config: LRQKConfig) -> int:
+    def host_bytes(self, config: LRQKSettings) -> int:
         """Keys and values in CPU memory; dense attention has as many on the GPU."""
         row = 2 * self.head_size * self.dtype.itemsize
         return self.batch * self.pages(config) * config.page_size * self.kv_heads * row
 
-    def factor_bytes(self, config: LRQKConfig) -> int:
+    def factor_bytes(self, config: LRQKSettings) -> int:
         """Factor pages that one step reads."""
         sealed = (self.length - 1) // config.page_size
         return self.batch * sealed * self.kv_heads * self.page_format(config).page_bytes
 
-    def hot_bytes(self, config: LRQKConfig) -> int:
+    def hot_bytes(self, config: LRQKSettings) -> int:
         """Hot slots of all requests."""
         form = self.hot_format(config)
         return self.batch * form.blocks_for(config.num_hot_rows) * self.kv_heads * form.block_bytes
 
-    def device_bytes(self, config: LRQKConfig) -> int:
+    def device_bytes(self, config: LRQKSettings) -> int:
         """Factor pages, the open ones included, and hot slots."""
         per_page = self.kv_heads * self.page_format(config).page_bytes
         return self.batch * self.pages(config) * per_page + self.hot_bytes(config)
@@ -60,7 +60,7 @@ class Workload:
     """Tensors of one layer; keys are of low rank plus noise, so that a few tokens matter to each query."""
 
     shape: Shape
-    config: LRQKConfig
+    config: LRQKSettings
     host: torch.Tensor
     """[num_pages, KV, N, 2, d], in CPU memory"""
     factors: FactorPages
@@ -87,7 +87,7 @@ PAGES_AT_ONCE = 64
 
 def make_workload(
     shape: Shape,
-    config: LRQKConfig,
+    config: LRQKSettings,
     device: torch.device,
     seal: Callable[[torch.Tensor, torch.Tensor, FactorPages], None],
     prepare_host: Callable[[torch.Tensor], torch.Tensor] = lambda host: host,

@@ -39,7 +39,7 @@ from cpu_layers import (  # noqa: E402
 
 from vllm_lrqk.core.config import ConfigError  # noqa: E402
 from vllm_lrqk.methods.lrqk.dispatch import host_kernels  # noqa: E402
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 
 DTYPE = torch.bfloat16
 COLD_BYTES = 128 << 20
@@ -55,7 +55,7 @@ def kernel_test_passes() -> bool:
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
-def step_bytes(length: int, batch: int, rows: int, page_bytes: int, config: LRQKConfig) -> dict[str, int]:
+def step_bytes(length: int, batch: int, rows: int, page_bytes: int, config: LRQKSettings) -> dict[str, int]:
     """Bytes that one step reads at least."""
     row_bytes = 2 * HEAD_SIZE * DTYPE.itemsize
     candidates = min(length // config.page_size * config.page_size, length - config.recent_tokens) - config.sink_tokens
@@ -65,7 +65,7 @@ def step_bytes(length: int, batch: int, rows: int, page_bytes: int, config: LRQK
     return {"lrqk": rows * row_bytes + factor_bytes, "cpu_attn": dense_bytes, "select": factor_bytes}
 
 
-def measure(length: int, batch: int, config: LRQKConfig) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+def measure(length: int, batch: int, config: LRQKSettings) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
     """Median milliseconds of both backends and of LRQK's selection alone, their relative errors and bytes."""
     kernels = host_kernels()
     layer = make_layer(length, batch, config, DTYPE, kernels)
@@ -143,7 +143,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
 
     try:
-        config = LRQKConfig.from_dict(arguments.config)
+        config = LRQKSettings.from_dict(arguments.config)
     except ConfigError as error:
         parser.error(str(error))
     cases = [

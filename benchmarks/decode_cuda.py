@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from cuda_workload import Shape  # noqa: E402
 
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 
 GIB = 1 << 30
 COLUMNS = {
@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=2048)
     parser.add_argument("--page-size", type=int, default=256)
     parser.add_argument("--factor-dtype", choices=("int8", "bfloat16"), default="int8")
-    parser.add_argument("--residual", choices=("linear", "mean", "none"), default=LRQKConfig.residual)
+    parser.add_argument("--residual", choices=("linear", "mean", "none"), default=LRQKSettings.residual)
     parser.add_argument("--miss-rates", type=float, nargs="+", default=[0.0, 0.05, 0.2, 0.5, 1.0])
     parser.add_argument("--step-miss-rate", type=float, default=0.05, help="of the whole step")
     parser.add_argument("--repeats", type=int, default=20)
@@ -72,9 +72,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
-def config_of(arguments: argparse.Namespace) -> LRQKConfig:
+def config_of(arguments: argparse.Namespace) -> LRQKSettings:
     names = ("rank", "top_k", "page_size", "factor_dtype", "residual")
-    return LRQKConfig(**{name: getattr(arguments, name) for name in names})
+    return LRQKSettings(**{name: getattr(arguments, name) for name in names})
 
 
 def shapes_of(arguments: argparse.Namespace) -> list[Shape]:

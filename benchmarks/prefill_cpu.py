@@ -33,7 +33,7 @@ from vllm_lrqk.core.prefill import prefill_attention  # noqa: E402
 from vllm_lrqk.methods.lrqk.dispatch import host_kernels  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
 from vllm_lrqk.methods.lrqk.seal import query_grams  # noqa: E402
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 
 DTYPE = torch.bfloat16
 
@@ -41,7 +41,7 @@ DTYPE = torch.bfloat16
 class Prompt:
     """A prompt's queries, keys and values, and room for both backends' caches."""
 
-    def __init__(self, length: int, chunk: int, config: LRQKConfig) -> None:
+    def __init__(self, length: int, chunk: int, config: LRQKSettings) -> None:
         generator = torch.Generator().manual_seed(0)
         self.query = torch.randn(length, HEADS, HEAD_SIZE, generator=generator).to(DTYPE)
         self.key = torch.randn(length, KV_HEADS, HEAD_SIZE, generator=generator).to(DTYPE)
@@ -118,7 +118,7 @@ class _Timer:
 
 def measure(length: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Records of one length: median seconds of each part."""
-    prompt = Prompt(length, arguments.chunk, LRQKConfig())
+    prompt = Prompt(length, arguments.chunk, LRQKSettings())
     runs: dict[str, list[dict[str, float]]] = {"lrqk": [], "cpu_attn": []}
     prompt.lrqk(defaultdict(float))
     exact = prompt.exact()

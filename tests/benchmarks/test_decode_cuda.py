@@ -12,10 +12,10 @@ from decode_cuda import config_of, main, parse, plan, shapes_of, table
 
 from vllm_lrqk.methods.lrqk.decode import decode_attention
 from vllm_lrqk.methods.lrqk.seal import seal_pages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 SMALL = Shape(length=77, batch=3, heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
-CONFIG = LRQKConfig(rank=8, page_size=16, top_k=20, recent_tokens=5)
+CONFIG = LRQKSettings(rank=8, page_size=16, top_k=20, recent_tokens=5)
 
 
 def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +52,7 @@ def test_plan_counts_bytes() -> None:
 
 def test_workload_decodes() -> None:
     """Every request's length is full of tokens, and a step over all of them is dense attention."""
-    config = LRQKConfig(rank=8, page_size=16, top_k=100, recent_tokens=5)
+    config = LRQKSettings(rank=8, page_size=16, top_k=100, recent_tokens=5)
     seal = lambda pages, host, factors: seal_pages(pages, host, factors, None, config)  # noqa: E731
     w = make_workload(SMALL, config, torch.device("cpu"), seal)
     assert w.block_table.shape == (3, 6)

@@ -9,9 +9,9 @@ from vllm_lrqk.core.attend import gather_rows
 from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.methods.lrqk.decode import attend_selection, decode_attention
 from vllm_lrqk.methods.lrqk.score import select
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
-CONFIG = LRQKConfig(rank=8, page_size=16, top_k=20, recent_tokens=5, sink_tokens=3)
+CONFIG = LRQKSettings(rank=8, page_size=16, top_k=20, recent_tokens=5, sink_tokens=3)
 LENGTHS = [1, 2, 3, 15, 16, 17, 33, 63, 100, 211]
 
 
@@ -22,7 +22,7 @@ def dense(batch: Batch, b: int) -> torch.Tensor:
     return (weight @ batch.values[b].double()).flatten(0, 1)
 
 
-def decode(batch: Batch, config: LRQKConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(batch: Batch, config: LRQKSettings) -> tuple[torch.Tensor, torch.Tensor]:
     output = torch.full(batch.query.shape, torch.nan)
     rows = decode_attention(
         batch.query,
@@ -74,7 +74,7 @@ def test_output_is_the_formula(residual, top_k, factor_dtype):
         estimates = token_values(batch, b) if residual == "linear" else None
         for h in range(batch.query.shape[1]):
             kv = h // 3
-            attended = {row for row in selection.rows[b, kv].tolist() if row >= 0}
+            attended = {row for row in selection.positions[b, kv].tolist() if row >= 0}
             numerator, denominator = torch.zeros(32, dtype=torch.float64), 0.0
             for n in range(length):
                 if n in attended:

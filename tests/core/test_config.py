@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from vllm_lrqk.core.config import ConfigError
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 BAD_VALUES = {
     "rank": [3, 0, 18, 16.0, "16", True, None],
@@ -52,19 +52,19 @@ GOOD_VALUES = {
 
 
 def test_every_field_has_cases():
-    names = {item.name for item in fields(LRQKConfig)}
+    names = {item.name for item in fields(LRQKSettings)}
     assert set(BAD_VALUES) == set(GOOD_VALUES) == names
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in GOOD_VALUES.items() for value in values])
 def test_good_values_are_taken(key, value):
-    assert getattr(LRQKConfig.from_dict({key: value}), key) == value
+    assert getattr(LRQKSettings.from_dict({key: value}), key) == value
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD_VALUES.items() for value in values])
 def test_bad_values_are_refused_in_one_sentence(key, value):
     with pytest.raises(ConfigError) as caught:
-        LRQKConfig.from_dict({key: value})
+        LRQKSettings.from_dict({key: value})
     message = str(caught.value)
     assert message.startswith((f"lrqk.{key} is {value!r}, but ", f"lrqk.{key} is {value}, but "))
     assert "must be" in message or "set it to" in message
@@ -94,36 +94,36 @@ def test_bad_values_are_refused_in_one_sentence(key, value):
 )
 def test_messages(values, message):
     with pytest.raises(ConfigError) as caught:
-        LRQKConfig.from_dict(values)
+        LRQKSettings.from_dict(values)
     assert str(caught.value) == message
 
 
 def test_unknown_key_without_a_near_one_lists_all():
     with pytest.raises(ConfigError) as caught:
-        LRQKConfig.from_dict({"zzz": 5})
-    assert all(item.name in str(caught.value) for item in fields(LRQKConfig))
+        LRQKSettings.from_dict({"zzz": 5})
+    assert all(item.name in str(caught.value) for item in fields(LRQKSettings))
 
 
 @pytest.mark.parametrize("values", [None, [], "rank=16", 5])
 def test_not_a_dictionary(values):
     with pytest.raises(ConfigError, match=r"^lrqk is .*, but must be a dictionary of settings\.$"):
-        LRQKConfig.from_dict(values)
+        LRQKSettings.from_dict(values)
 
 
 def test_configuration_is_frozen():
     with pytest.raises(FrozenInstanceError):
-        LRQKConfig().rank = 8
+        LRQKSettings().rank = 8
 
 
 def test_attended_and_hot_rows():
-    config = LRQKConfig(top_k=100, recent_tokens=10, sink_tokens=2, page_size=16)
+    config = LRQKSettings(top_k=100, recent_tokens=10, sink_tokens=2, page_size=16)
     assert config.attended_rows == 128
     assert config.num_hot_rows == 160
-    assert LRQKConfig(top_k=100, recent_tokens=10, sink_tokens=2, page_size=16, hot_rows=128).num_hot_rows == 128
+    assert LRQKSettings(top_k=100, recent_tokens=10, sink_tokens=2, page_size=16, hot_rows=128).num_hot_rows == 128
 
 
 def test_columns_of_the_values():
-    assert LRQKConfig(rank=32).num_value_ranks == 32
-    assert LRQKConfig(rank=32, value_rank=8).num_value_ranks == 8
-    assert LRQKConfig(rank=8, value_rank=16).num_value_ranks == 8
-    assert LRQKConfig(residual="mean").num_value_ranks == LRQKConfig(residual="none").num_value_ranks == 0
+    assert LRQKSettings(rank=32).num_value_ranks == 32
+    assert LRQKSettings(rank=32, value_rank=8).num_value_ranks == 8
+    assert LRQKSettings(rank=8, value_rank=16).num_value_ranks == 8
+    assert LRQKSettings(residual="mean").num_value_ranks == LRQKSettings(residual="none").num_value_ranks == 0

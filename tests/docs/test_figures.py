@@ -7,7 +7,7 @@ import torch
 
 from vllm_lrqk.core.hot_rows import HotFormat
 from vllm_lrqk.methods.lrqk.format import PageFormat
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, KV_HEADS, HEAD_SIZE, TOKENS = 32, 8, 128, 131_072
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 @pytest.mark.parametrize("name", ["README.md", "docs/tiers.svg"])
 def test_bytes_of_an_8b_model_at_128k_tokens(name):
-    config = LRQKConfig()
+    config = LRQKSettings()
     page = PageFormat.from_config(config, HEAD_SIZE)
     hot = HotFormat(page.page_bytes, HEAD_SIZE, torch.bfloat16)
     heads = LAYERS * KV_HEADS

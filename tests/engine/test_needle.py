@@ -60,5 +60,5 @@ def test_a_small_selection_with_reversed_scores_fails(needle_folder):
         layers = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.vllm_config
         for layer in layers.compilation_config.static_forward_context.values():
             # Reversed, not zeroed: which of equal scores are selected is open, and may include a needle.
-            layer.impl.layer.factors.scale.neg_()
+            layer.impl.layer.factors.projection_scale.neg_()
         assert ask(llm, text, range(4)) == [False] * 4

@@ -24,7 +24,7 @@ from vllm_lrqk.evaluation.attention.methods import METHODS, highest_possible, pa
 from vllm_lrqk.evaluation.attention.report import block_errors, plot, print_tables
 from vllm_lrqk.evaluation.attention.sources import Source
 from vllm_lrqk.evaluation.reference.published_attention import PublishedSettings
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 STEPS = 10
 SETTINGS = Settings(rank=16, page_size=32, sink_tokens=4, recent_tokens=32)
@@ -158,7 +158,7 @@ def test_planned_bytes_are_the_objects_bytes(qkv):
     budget = int(BUDGET * shape.dense_bytes)
     for name, residual in (("lrqk", "linear"), ("lrqk-mean", "mean")):
         plan = METHODS[name].plan(shape, budget, SETTINGS)
-        config = LRQKConfig(
+        config = LRQKSettings(
             rank=16,
             page_size=32,
             top_k=plan.top_k,

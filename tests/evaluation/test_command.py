@@ -20,7 +20,7 @@ from vllm_lrqk.evaluation.prompts import Prompt, Tokens, perplexity_prompts, tas
 from vllm_lrqk.evaluation.records import Store
 from vllm_lrqk.evaluation.run import engine_settings, evaluate
 from vllm_lrqk.methods import METHODS
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_backend_key_names_the_method(monkeypatch):
     monkeypatch.setitem(METHODS, "TOY", "toy:Toy")
     monkeypatch.setattr(
         "vllm_lrqk.evaluation.methods.method_class",
-        lambda name: SimpleNamespace(settings_type=ToySettings if name == "TOY" else LRQKConfig),
+        lambda name: SimpleNamespace(settings_type=ToySettings if name == "TOY" else LRQKSettings),
     )
     arguments = parse("--config", 'toy={"backend": "TOY", "width": 8}', "--config", 'lrqk={"rank": 8}')
     compared = configurations(arguments)[1:]

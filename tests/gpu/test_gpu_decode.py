@@ -9,16 +9,16 @@ import torch
 from batches import make_batch
 from hot_decoding import HotDecoding
 
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
-CONFIG = LRQKConfig(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3)
+CONFIG = LRQKSettings(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3)
 LENGTHS = [1, 15, 63, 211, 500]
 # Tensor cores multiply float32 with the mantissa of TF32 unless told otherwise, as the kernels do.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 Pin = Callable[[torch.Tensor], torch.Tensor]
 
 
-def make(operators: Any, device: torch.device, pin: Pin, config: LRQKConfig = CONFIG, **how: Any) -> HotDecoding:
+def make(operators: Any, device: torch.device, pin: Pin, config: LRQKSettings = CONFIG, **how: Any) -> HotDecoding:
     return HotDecoding(operators, make_batch(LENGTHS, config, **how), config, device, pin, padding=3)
 
 
@@ -103,7 +103,7 @@ def test_replayed_graph(operators: Any, device: torch.device, pin: Pin, residual
 
 
 def test_counters(operators: Any, device: torch.device, pin: Pin) -> None:
-    config = LRQKConfig(rank=8, page_size=16, top_k=600, recent_tokens=5, sink_tokens=3)
+    config = LRQKSettings(rank=8, page_size=16, top_k=600, recent_tokens=5, sink_tokens=3)
     decoding = make(operators, device, pin, config)
     kv_heads = decoding.host.shape[1]
     decoding.prepare()

@@ -12,10 +12,10 @@ from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.step import Step, filled_pages
 from vllm_lrqk.devices import triton_parts
 from vllm_lrqk.methods.lrqk import triton_attend
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
-SPARSE = LRQKConfig(rank=4, page_size=16, top_k=12, recent_tokens=3, sink_tokens=2)
-COVERING = LRQKConfig(rank=4, page_size=16, top_k=80, recent_tokens=3, sink_tokens=2)
+SPARSE = LRQKSettings(rank=4, page_size=16, top_k=12, recent_tokens=3, sink_tokens=2)
+COVERING = LRQKSettings(rank=4, page_size=16, top_k=80, recent_tokens=3, sink_tokens=2)
 # Sums in another order; in 16 bits also the rounding of probabilities and outputs, of either side.
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 Pin = Callable[[torch.Tensor], torch.Tensor]

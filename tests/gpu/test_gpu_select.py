@@ -12,7 +12,7 @@ from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.score import select
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
 def on_device(layer: Layer, device: torch.device) -> Layer:
@@ -34,8 +34,8 @@ def run(operators: Any, device: torch.device) -> Any:
             workspace._residual.fill_(torch.nan)
             workspace._moment.fill_(torch.nan)
             selection = workspace.select(*there.select_arguments()[:-1])
-        left = (None if x is None else x.cpu() for x in (selection.residual, selection.residual_factor))
-        return Selection(selection.rows.cpu(), *left)
+        left = (None if x is None else x.cpu() for x in (selection.residual, selection.moment))
+        return Selection(selection.positions.cpu(), *left)
 
     return run_layer
 
@@ -48,7 +48,7 @@ def check(run: Any, layer: Layer) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", ["linear", "mean"])
 def test_ragged_batch(run: Any, dtype: torch.dtype, factor_dtype: str, residual: str) -> None:
-    config = LRQKConfig(page_size=64, top_k=128, factor_dtype=factor_dtype, residual=residual)
+    config = LRQKSettings(page_size=64, top_k=128, factor_dtype=factor_dtype, residual=residual)
     check(run, make_layer([1, 700, 63, 64, 2000, 260, 129], config, dtype))
 
 
@@ -56,7 +56,7 @@ def test_ragged_batch(run: Any, dtype: torch.dtype, factor_dtype: str, residual:
 @pytest.mark.parametrize("rank", [4, 12, 16, 32, 64])
 @pytest.mark.parametrize("residual", ["linear", "mean"])
 def test_heads_and_rank(run: Any, head_size: int, group: int, rank: int, residual: str) -> None:
-    config = LRQKConfig(page_size=32, top_k=100, rank=rank, residual=residual)
+    config = LRQKSettings(page_size=32, top_k=100, rank=rank, residual=residual)
     check(run, make_layer([600], config, head_size=head_size, group=group))
 
 
@@ -64,25 +64,25 @@ def test_heads_and_rank(run: Any, head_size: int, group: int, rank: int, residua
 @pytest.mark.parametrize("top_k", [1, 200, 9000])
 @pytest.mark.parametrize("residual", ["linear", "mean"])
 def test_page_size_and_top_k(run: Any, page_size: int, top_k: int, residual: str) -> None:
-    check(run, make_layer([9000, 333], LRQKConfig(page_size=page_size, top_k=top_k, residual=residual)))
+    check(run, make_layer([9000, 333], LRQKSettings(page_size=page_size, top_k=top_k, residual=residual)))
 
 
 @pytest.mark.parametrize(("sink_tokens", "recent_tokens"), [(0, 1), (1, 17), (40, 64), (300, 5)])
 @pytest.mark.parametrize("residual", ["linear", "mean", "none"])
 def test_sink_and_recent(run: Any, sink_tokens: int, recent_tokens: int, residual: str) -> None:
     tokens = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
-    check(run, make_layer([300, 32, 5, 41], LRQKConfig(page_size=16, top_k=50, residual=residual, **tokens)))
+    check(run, make_layer([300, 32, 5, 41], LRQKSettings(page_size=16, top_k=50, residual=residual, **tokens)))
 
 
 @pytest.mark.parametrize("residual", ["linear", "mean"])
 def test_long_context(run: Any, residual: str) -> None:
-    check(run, make_layer([100_000, 7], LRQKConfig(page_size=256, top_k=2048, residual=residual)))
+    check(run, make_layer([100_000, 7], LRQKSettings(page_size=256, top_k=2048, residual=residual)))
 
 
 def test_equal_weights(operators: Any, device: torch.device) -> None:
-    layer = make_layer([60000], LRQKConfig(page_size=256, top_k=777), kv_heads=1, group=1)
+    layer = make_layer([60000], LRQKSettings(page_size=256, top_k=777), kv_heads=1, group=1)
     layer.query.zero_()
     there = on_device(layer, device)
     workspace = SelectWorkspace(operators, 1, layer.block_table.shape[1], 1, 1, layer.config, device)
-    rows = workspace.select(*there.select_arguments()[:-1]).rows[0, 0]
+    rows = workspace.select(*there.select_arguments()[:-1]).positions[0, 0]
     assert rows[:777].tolist() == list(range(4, 781))

@@ -14,7 +14,7 @@ from vllm_lrqk.devices.cuda_library import stream_handle
 from vllm_lrqk.methods.lrqk import cuda, torch_ops
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.seal import query_grams
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 Pin = Callable[[torch.Tensor], torch.Tensor]
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -35,7 +35,7 @@ def test_append_rows(operators: Any, device: torch.device, pin: Pin) -> None:
 @pytest.mark.parametrize("with_queries", [True, False])
 def test_seal_pages(operators: Any, device: torch.device, pin: Pin, with_queries: bool) -> None:
     """By what the pages say about scores: factors themselves may differ in sign and rounding."""
-    config = LRQKConfig(rank=8, page_size=64)
+    config = LRQKSettings(rank=8, page_size=64)
     generator = torch.Generator().manual_seed(0)
     host = torch.randn(30, 2, 64, 2, 64, generator=generator)
     pages = torch.randperm(30, generator=generator)[:20]
@@ -52,7 +52,7 @@ def test_seal_pages(operators: Any, device: torch.device, pin: Pin, with_queries
     actual = FactorPages(factors.raw.cpu(), page_format)
 
     def product(side: FactorPages) -> torch.Tensor:
-        scaled = side.projection[pages].float() * side.scale[pages][..., None]
+        scaled = side.projection[pages].float() * side.projection_scale[pages][..., None]
         return side.key_factor(pages).float() @ scaled  # [20, 2, 64, 64], X times A of each token
 
     assert relative_error(product(actual), product(expected)) < 0.02  # steps of int8

@@ -18,12 +18,12 @@ from vllm_lrqk.integration.metadata import StepBuilder
 from vllm_lrqk.integration.request_blocks import RequestTableBuilder
 from vllm_lrqk.integration.settings import current_device
 from vllm_lrqk.methods.lrqk.method import LRQK
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
-CONFIG = LRQKConfig()
+CONFIG = LRQKSettings()
 
 
-def check(config: LRQKConfig, head_size: int = 128, tokens: int = 131072) -> None:
+def check(config: LRQKSettings, head_size: int = 128, tokens: int = 131072) -> None:
     LRQK(config, "cuda").check(ModelFacts("some/model", head_size, 32, 8, tokens, {}))
 
 
@@ -61,7 +61,7 @@ def test_what_can_be_served_passes(head_size: int, tokens: int, loaded: None) ->
         ({"tokens": 1 << 22}, CONFIG, ["--max-model-len", "4194304", "4194048"]),
     ],
 )
-def test_one_sentence(settings: dict[str, int], config: LRQKConfig, words: list[str], loaded: None) -> None:
+def test_one_sentence(settings: dict[str, int], config: LRQKSettings, words: list[str], loaded: None) -> None:
     with pytest.raises(ConfigError) as error:
         check(config, **settings)
     message = str(error.value)

@@ -10,7 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.integration.checks import check_layer, check_model
 from vllm_lrqk.methods.lrqk.method import LRQK
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,10 @@ def test_bad_settings_end_start_up(model, settings, words):
 
 def test_adaptive_budget_is_refused_off_the_cpu(model):
     config = start(model, {"top_p": 0.9})
-    check_model(config, LRQK(LRQKConfig(top_p=0.9), config.device_config.device_type))
+    check_model(config, LRQK(LRQKSettings(top_p=0.9), config.device_config.device_type))
     config.device_config.device_type = "cuda"
     with pytest.raises(ConfigError, match=r"^lrqk\.top_p is 0\.9, but .*\.$"):
-        check_model(config, LRQK(LRQKConfig(top_p=0.9), config.device_config.device_type))
+        check_model(config, LRQK(LRQKSettings(top_p=0.9), config.device_config.device_type))
 
 
 def write_config(folder, **config):

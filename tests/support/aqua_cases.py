@@ -9,7 +9,7 @@ from vllm_lrqk.methods.aqua.basis import Basis, make_basis
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks
 from vllm_lrqk.methods.aqua.kernels import TORCH, Kernels
 from vllm_lrqk.methods.aqua.layer import AquaLayer
-from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.aqua.settings import AquaSettings
 
 UNWRITTEN = 0xFF
 """Byte that is NaN in every floating-point type."""
@@ -37,7 +37,7 @@ class Requests:
     def __init__(
         self,
         lengths: list[int],
-        config: AquaConfig,
+        config: AquaSettings,
         block_size: int = 16,
         kv_heads: int = 2,
         group: int = 3,

@@ -7,7 +7,7 @@ from pages import empty_factors
 
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.seal import seal_pages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Batch:
 
 def make_batch(
     lengths: list[int],
-    config: LRQKConfig,
+    config: LRQKSettings,
     kv_heads: int = 2,
     group: int = 3,
     d: int = 32,
@@ -65,7 +65,7 @@ def make_batch(
     return Batch(query, keys, values, host, factors, block_table, torch.tensor(lengths).int(), d**-0.5)
 
 
-def token_proxies(batch: Batch, b: int, config: LRQKConfig) -> torch.Tensor:
+def token_proxies(batch: Batch, b: int, config: LRQKSettings) -> torch.Tensor:
     """Proxy scores of request b's sealed tokens, one by one from the page format's formula: float64 [H, sealed]."""
     kv_heads, n = batch.factors.raw.shape[1], config.page_size
     group = batch.query.shape[1] // kv_heads
@@ -77,6 +77,6 @@ def token_proxies(batch: Batch, b: int, config: LRQKConfig) -> torch.Tensor:
         for h in range(batch.query.shape[1]):
             kv = h // group
             x = batch.factors.projection[page, kv].double()  # [r, d]
-            weights = batch.query[b, h].double() @ x.T * batch.factors.scale[page, kv].double()
+            weights = batch.query[b, h].double() @ x.T * batch.factors.projection_scale[page, kv].double()
             scores[h, p * n : (p + 1) * n] = a[kv] @ weights * batch.scale
     return scores

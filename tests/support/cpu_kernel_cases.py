@@ -7,7 +7,7 @@ import torch
 from vllm_lrqk.methods.lrqk import cpu
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.seal import seal_pages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 INSTRUCTION_SETS = cpu.instruction_sets()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ class Layer:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     scale: float
-    config: LRQKConfig
+    config: LRQKSettings
 
     def decode_arguments(self) -> tuple:
         return self.query, self.host, self.factors, self.block_table, self.seq_lens, self.scale, self.config
@@ -34,7 +34,7 @@ class Layer:
 
 def make_layer(
     lengths: list[int],
-    config: LRQKConfig,
+    config: LRQKSettings,
     dtype: torch.dtype = torch.float32,
     kv_heads: int = 2,
     group: int = 4,

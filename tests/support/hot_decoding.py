@@ -15,7 +15,7 @@ from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
 from vllm_lrqk.methods.lrqk.decode import attend_selection, decode_attention
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.seal import seal_pages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
 @dataclass
@@ -45,7 +45,7 @@ class HotDecoding:
         self,
         operators: Any,
         batch: Batch,
-        config: LRQKConfig,
+        config: LRQKSettings,
         device: torch.device,
         pin: Any = lambda host: host,
         room: int = 40,
@@ -148,8 +148,8 @@ class HotDecoding:
         The second is larger: rows of nearly equal weight change places where scores differ in their last bits.
         """
         query = self.step.query[: self.requests].cpu()
-        rows = self.selection.rows[: self.requests].cpu()
-        left = (self.selection.residual, self.selection.residual_factor)
+        rows = self.selection.positions[: self.requests].cpu()
+        left = (self.selection.residual, self.selection.moment)
         chosen = Selection(rows, *(None if x is None else x[: self.requests].cpu() for x in left))
         rows_kv = gather_rows(self.host_cpu, self.table, rows)
         same = attend_selection(query, rows_kv, chosen, self.factors_cpu, self.table, self.batch.scale)

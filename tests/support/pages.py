@@ -4,14 +4,14 @@ import torch
 
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.seal import seal_pages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
-def page_format(config: LRQKConfig, head_size: int) -> PageFormat:
+def page_format(config: LRQKSettings, head_size: int) -> PageFormat:
     return PageFormat.from_config(config, head_size)
 
 
-def empty_factors(config: LRQKConfig, head_size: int, num_pages: int, kv_heads: int, fill: int = 0xFF) -> FactorPages:
+def empty_factors(config: LRQKSettings, head_size: int, num_pages: int, kv_heads: int, fill: int = 0xFF) -> FactorPages:
     """Factor pages full of one byte; 0xFF is NaN in every floating-point type."""
     form = page_format(config, head_size)
     return FactorPages(torch.full((num_pages, kv_heads, form.page_bytes), fill, dtype=torch.uint8), form)
@@ -23,7 +23,7 @@ def host_pages(keys: torch.Tensor, values: torch.Tensor | None = None) -> torch.
 
 
 def sealed(
-    keys: torch.Tensor, config: LRQKConfig, gram_q: torch.Tensor | None = None, values: torch.Tensor | None = None
+    keys: torch.Tensor, config: LRQKSettings, gram_q: torch.Tensor | None = None, values: torch.Tensor | None = None
 ) -> FactorPages:
     """Factor pages 0 ... M - 1 of keys [M, KV, N, d]."""
     factors = empty_factors(config, keys.shape[-1], keys.shape[0], keys.shape[1])
@@ -35,7 +35,7 @@ def page_scores(factors: FactorPages, query: torch.Tensor) -> torch.Tensor:
     """q . k of all tokens through the factors, in float64: [M, KV, T, N] from queries [T, d]."""
     pages = torch.arange(len(factors.raw))
     a = factors.key_factor(pages).double()  # [M, KV, N, r]
-    projected = query.double() @ factors.projection.double().mT * factors.scale.double()[..., None, :]
+    projected = query.double() @ factors.projection.double().mT * factors.projection_scale.double()[..., None, :]
     return projected @ a.mT
 
 

@@ -22,12 +22,12 @@ def assert_selects_like(actual: Selection, expected: Selection, layer: Layer, ro
     """
     config, n = layer.config, layer.config.page_size
     assert (actual.residual is None) == (config.residual == "none")
-    assert (actual.residual_factor is None) == (config.residual != "linear")
+    assert (actual.moment is None) == (config.residual != "linear")
     first, ends = candidate_range(layer.seq_lens, config)
     kv_heads, group = layer.host.shape[1], layer.query.shape[1] // layer.host.shape[1]
     for b, end in enumerate(ends.tolist()):
         for h in range(kv_heads):
-            rows, truth = (sorted(x.rows[b, h][x.rows[b, h] >= 0].tolist()) for x in (actual, expected))
+            rows, truth = (sorted(x.positions[b, h][x.positions[b, h] >= 0].tolist()) for x in (actual, expected))
             assert len(rows) == len(set(rows)) == len(truth)
             heads = slice(h * group, (h + 1) * group)
             scores = torch.zeros(group, 1)
@@ -43,7 +43,7 @@ def assert_selects_like(actual: Selection, expected: Selection, layer: Layer, ro
                 assert ((weight[only] / threshold).log().abs() < 2 * error).all()
             elif actual.residual is not None:
                 _assert_close(actual.residual[b, heads], expected.residual, b, heads, error)
-                if actual.residual_factor is not None:
+                if actual.moment is not None:
                     _assert_factors_close(actual, expected, layer, b, h, error)
 
 
@@ -63,14 +63,14 @@ def _assert_factors_close(
 
     That distance is half the range of the column in the page at most; the whole range covers the higher orders.
     """
-    assert actual.residual_factor is not None
+    assert actual.moment is not None
     assert actual.residual is not None
     group = layer.query.shape[1] // layer.host.shape[1]
     heads = slice(kv_head * group, (kv_head + 1) * group)
-    left = actual.residual_factor[b, heads]  # [G, P, columns]
+    left = actual.moment[b, heads]  # [G, P, columns]
     right = torch.zeros_like(left)
-    if expected.residual_factor is not None:
-        right[:, : expected.residual_factor.shape[2]] = expected.residual_factor[b, heads]
+    if expected.moment is not None:
+        right[:, : expected.moment.shape[2]] = expected.moment[b, heads]
     is_empty = actual.residual[b, heads].isinf()
     assert (left[is_empty] == 0).all()
     column = layer.factors.key_factor(layer.block_table[b].long())[:, kv_head, :, : left.shape[-1]].float()

@@ -20,7 +20,7 @@ from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
 from vllm_lrqk.methods.lrqk.cuda_decoder import CudaDecoder
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.layer import LRQKLayer
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 from vllm_lrqk.methods.lrqk.torch_ops import kernels as torch_kernels
 
 MAX_TOKENS = 64
@@ -45,7 +45,7 @@ class ServedLayers:
     def __init__(
         self,
         operators: Any,
-        config: LRQKConfig,
+        config: LRQKSettings,
         device: torch.device,
         pin: Any = lambda host: host,
         num_pages: int = 14,

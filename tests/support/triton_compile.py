@@ -36,7 +36,7 @@ def attend_source(dtype: str, group: int, head_size: int, factor: str | None = N
     signature |= {"query": f"*{element}", "base": f"*{element}", "address": "*i64", "residual": "*fp32"}
     signature |= {"value_mean": "*bf16", "block_table": "*i32", "scale": "fp32"}
     signature["value_projection"] = f"*{factor or 'i8'}"
-    signature |= dict.fromkeys(("residual_factor", "value_scale", "key_factor_mean"), "*fp32")
+    signature |= dict.fromkeys(("moment", "value_scale", "key_factor_mean"), "*fp32")
     signature |= dict.fromkeys(("part_output", "part_max", "part_sum"), "*fp32")
     constants = {
         "HAS_RESIDUAL": True,

@@ -41,7 +41,7 @@ def attend(
 
     Args:
         query: [B, H, d].
-        rows_kv: [B, KV, R, 2, d], keys and values of `selection.rows`.
+        rows_kv: [B, KV, R, 2, d], keys and values of `selection.positions`.
         residual_values: float32 [B, KV, G or 1, P, d]; None without a residual.
 
     Returns:
@@ -50,7 +50,7 @@ def attend(
     kv_heads = rows_kv.shape[1]
     grouped = query.float().unflatten(1, (kv_heads, -1)) * scale
     key, value = rows_kv[..., 0, :].float(), rows_kv[..., 1, :].float()
-    is_row = (selection.rows >= 0)[:, :, None, :, None]
+    is_row = (selection.positions >= 0)[:, :, None, :, None]
     scores = (grouped @ key.mT).masked_fill(~is_row[..., 0], -torch.inf)  # [B, KV, G, R]
     value = value.masked_fill(~is_row[:, :, 0], 0.0)
     if selection.residual is None or residual_values is None:

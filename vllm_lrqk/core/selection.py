@@ -28,11 +28,11 @@ class Budget(Protocol):
 class Selection:
     """What one decode step attends to."""
 
-    rows: torch.Tensor
+    positions: torch.Tensor
     """int32 [B, KV, R], token positions attended exactly; -1 fills unused capacity, which may be anywhere."""
     residual: torch.Tensor | None
     """float32 [B, H, P], log of the summed exp(proxy score) of the page's unattended candidates; -inf where none."""
-    residual_factor: torch.Tensor | None = None
+    moment: torch.Tensor | None = None
     """float32 [B, H, P, value_rank], mean of the leading columns of their key factors, weighted by exp(proxy score);
     0 where none. For `residual: "linear"` only."""
 

@@ -4,9 +4,9 @@ from aqua_cases import Requests
 from pages import relative
 
 from vllm_lrqk.methods.aqua.attention import chosen_dimensions
-from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.aqua.settings import AquaSettings
 
-EVERYTHING = AquaConfig(keep=1.0)
+EVERYTHING = AquaSettings(keep=1.0)
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Of outputs against dense attention: a few roundings of the storage type, on scores of up to about 15."""
 
@@ -33,7 +33,7 @@ def test_decode_and_prefill_share_a_step():
     assert relative(output, expected) < TOLERANCES[torch.float32]
 
 
-@pytest.mark.parametrize("config", [EVERYTHING, AquaConfig(stored=0.5), AquaConfig(key_dtype="int8")])
+@pytest.mark.parametrize("config", [EVERYTHING, AquaSettings(stored=0.5), AquaSettings(key_dtype="int8")])
 def test_blocks_are_a_function_of_the_tokens_alone(config):
     whole, parts = Requests([150], config), Requests([150], config)
     whole.run([], [(0, 0, 150)])
@@ -49,7 +49,7 @@ def test_blocks_are_a_function_of_the_tokens_alone(config):
         torch.testing.assert_close(ours, theirs, atol=1.0 if ours.dtype == torch.int8 else 1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("config", [AquaConfig(stored=0.5, keep=1.0), AquaConfig(keep=1.0, key_dtype="int8")])
+@pytest.mark.parametrize("config", [AquaSettings(stored=0.5, keep=1.0), AquaSettings(keep=1.0, key_dtype="int8")])
 def test_prefill_does_not_depend_on_chunks(config):
     """History and the chunk's own keys are read alike, also where they are approximate."""
     whole, parts = Requests([150], config), Requests([150], config)
@@ -62,7 +62,7 @@ def test_prefill_does_not_depend_on_chunks(config):
 
 def test_decode_uses_what_was_chosen_and_nothing_else():
     """Scores and sums written out for one token, from the stored keys."""
-    config = AquaConfig(keep=0.25)
+    config = AquaSettings(keep=0.25)
     requests = Requests([63, 90], config)
     requests.run([], [(0, 0, 62), (1, 0, 89)])
     output = requests.run([(0, 62), (1, 89)], [])
@@ -92,7 +92,7 @@ def test_rules_choose_what_they_say():
 def test_error_falls_with_the_share_kept(choose):
     errors = []
     for keep in (0.25, 0.5, 0.75, 1.0):
-        requests = Requests([300], AquaConfig(keep=keep, choose=choose))
+        requests = Requests([300], AquaSettings(keep=keep, choose=choose))
         requests.run([], [(0, 0, 299)])
         errors.append(relative(requests.run([(0, 299)], []), requests.dense(0, 299, 300)))
     assert errors == sorted(errors, reverse=True)

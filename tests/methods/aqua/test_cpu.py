@@ -9,7 +9,7 @@ from pages import relative
 
 from vllm_lrqk.methods.aqua import cpu
 from vllm_lrqk.methods.aqua.kernels import TORCH
-from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.aqua.settings import AquaSettings
 
 INSTRUCTION_SETS = cpu.instruction_sets()
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="CPU kernels are not built")
@@ -40,7 +40,7 @@ def fill(requests, lengths):
     [(1.0, "kv_head", 1.0), (0.75, "kv_head", 1.0), (0.5, "query_head", 1.0), (0.6, "kv_head", 0.75)],
 )
 def test_decode_is_the_torch_form(name, dtype, key_dtype, keep, choose, stored):
-    config = AquaConfig(keep=keep, choose=choose, stored=stored, key_dtype=key_dtype)
+    config = AquaSettings(keep=keep, choose=choose, stored=stored, key_dtype=key_dtype)
     lengths = [1, 63, 500, 33, 64]
     compiled, plain = both(name, lengths, config, block_size=32, d=64, group=7, dtype=dtype)
     fill(plain, lengths)
@@ -53,7 +53,7 @@ def test_decode_is_the_torch_form(name, dtype, key_dtype, keep, choose, stored):
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("config", [AquaConfig(), AquaConfig(stored=0.5), AquaConfig(key_dtype="int8")])
+@pytest.mark.parametrize("config", [AquaSettings(), AquaSettings(stored=0.5), AquaSettings(key_dtype="int8")])
 def test_append_is_the_torch_form(name, dtype, config):
     lengths = [63, 500, 1]
     compiled, plain = both(name, lengths, config, block_size=32, d=64, dtype=dtype)
@@ -89,7 +89,7 @@ def test_append_is_the_torch_form(name, dtype, config):
     key_dtype=st.sampled_from(["auto", "int8"]),
 )
 def test_any_shape(name, lengths, block_size, d, group, kv_heads, keep, stored, choose, key_dtype):
-    config = AquaConfig(keep=keep, choose=choose, stored=stored, key_dtype=key_dtype)
+    config = AquaSettings(keep=keep, choose=choose, stored=stored, key_dtype=key_dtype)
     compiled, plain = both(name, lengths, config, block_size=block_size, kv_heads=kv_heads, group=group, d=d)
     fill(plain, lengths)
     compiled.layer.blocks.raw.copy_(plain.layer.blocks.raw)
@@ -102,7 +102,7 @@ def test_any_shape(name, lengths, block_size, d, group, kv_heads, keep, stored, 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_a_request_alone_and_in_company_are_bit_equal(name, threads):
     lengths = [5000, 63, 2049]
-    config = AquaConfig(keep=0.5)
+    config = AquaSettings(keep=0.5)
     requests, _ = both(name, lengths, config, block_size=32, kv_heads=1, group=4, d=32)
     fill(requests, lengths)
     before = torch.get_num_threads()
@@ -117,7 +117,7 @@ def test_a_request_alone_and_in_company_are_bit_equal(name, threads):
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_padding_gives_zeros(name):
-    requests, _ = both(name, [40], AquaConfig(), block_size=32, d=32)
+    requests, _ = both(name, [40], AquaSettings(), block_size=32, d=32)
     fill(requests, [40])
     layer = requests.layer
     query = torch.cat([requests.query[0][-1:], torch.full((1, 6, 32), torch.nan)])

@@ -1,7 +1,7 @@
 import pytest
 
 from vllm_lrqk.core.config import ConfigError
-from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.aqua.settings import AquaSettings
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from vllm_lrqk.methods.aqua.settings import AquaConfig
 )
 def test_bad_values_get_one_sentence(values, sentence):
     with pytest.raises(ConfigError) as caught:
-        AquaConfig.from_dict(values)
+        AquaSettings.from_dict(values)
     assert str(caught.value) == sentence
 
 
@@ -35,5 +35,5 @@ def test_bad_values_get_one_sentence(values, sentence):
     ],
 )
 def test_shares_become_dimensions(keep, stored, head_size, kept_of_stored):
-    config = AquaConfig(keep=keep, stored=stored)
+    config = AquaSettings(keep=keep, stored=stored)
     assert (config.num_kept(head_size), config.num_stored(head_size)) == kept_of_stored

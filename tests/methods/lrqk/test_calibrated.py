@@ -20,7 +20,7 @@ from vllm_lrqk.methods.lrqk.calibrated_basis import make_basis
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedFormat, CalibratedPages
 from vllm_lrqk.methods.lrqk.calibrated_score import calibrated_scores
 from vllm_lrqk.methods.lrqk.calibrated_seal import seal_pages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 N, KV, G, D = 64, 2, 3, 32
 ROPE = RotaryTable.from_base(1e4, D, 1024)
@@ -59,7 +59,7 @@ def test_what_is_written_is_read(page_size, head_size, leading, trailing):
     key_factor, ids = torch.cat([large, small], -1).to(torch.int8), torch.tensor([2, 0])
     pages.write_key_factor(ids, key_factor)
     before = pages.raw.clone()
-    for view in (pages.scale, pages.value_mean, pages.key_factor_mean, pages.packed_value_projection):
+    for view in (pages.projection_scale, pages.value_mean, pages.key_factor_mean, pages.packed_value_projection):
         view[ids] = 0
     assert torch.equal(pages.key_factor(ids), key_factor)
     assert torch.equal(pages.key_factor(ids[None]), key_factor[None])
@@ -136,7 +136,7 @@ def test_a_page_depends_on_its_tokens_alone():
     # Matrix products of other shapes may round otherwise: by a step of the stored integers, here and there.
     changed = (at_once.key_factor(torch.arange(4)) != one_by_one.key_factor(torch.arange(4))).float().mean()
     assert changed < 1e-3
-    assert relative(at_once.scale[:4].float(), one_by_one.scale[:4].float()) < 1e-2
+    assert relative(at_once.projection_scale[:4].float(), one_by_one.projection_scale[:4].float()) < 1e-2
 
 
 def test_frames_keep_up_with_positions_that_the_calibration_never_saw():
@@ -189,7 +189,7 @@ def test_errors_are_below_those_of_page_local_factors(has_value_map):
     """Set s1, 24 steps, top_k 512: .0141 and .0153 when this was written, .0212 with 16 page-local columns."""
     spec = SETS["s1"]
     qkv = generate(spec)
-    config = LRQKConfig(top_k=512)
+    config = LRQKSettings(top_k=512)
     rotary = RotaryTable.from_base(spec.rope_base, spec.head_size, len(qkv.query) + 256)
     basis = calibrated_on_prompt(qkv, rotary, 32, 256, qkv.prompt_tokens)
     layer = CalibratedLayer(qkv, qkv.prompt_tokens + 24, config, basis, has_value_map)

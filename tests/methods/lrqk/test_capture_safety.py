@@ -19,9 +19,9 @@ from vllm_lrqk.core.step import Step, filled_pages  # noqa: E402
 from vllm_lrqk.devices import cuda_prefill, triton_parts  # noqa: E402
 from vllm_lrqk.methods.lrqk import triton_attend  # noqa: E402
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath  # noqa: E402
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 
-CONFIG = LRQKConfig(rank=4, page_size=16, top_k=12, recent_tokens=3, sink_tokens=2)
+CONFIG = LRQKSettings(rank=4, page_size=16, top_k=12, recent_tokens=3, sink_tokens=2)
 
 WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
     "item": lambda lens: lens.max().item(),

@@ -7,7 +7,7 @@ from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, Layer, make_layer, relati
 from vllm_lrqk.core.selection import candidate_range
 from vllm_lrqk.methods.lrqk.dispatch import force_kernels, host_kernels
 from vllm_lrqk.methods.lrqk.score import proxy_scores
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 from vllm_lrqk.methods.lrqk.torch_ops import kernels as torch_kernels
 
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="CPU kernels are not built")
@@ -43,14 +43,14 @@ def check_selection(name: str, layer: Layer) -> None:
     expected = torch_kernels().select(*layer.select_arguments())
     with force_kernels(name) as kernels:
         actual = kernels.select(*layer.select_arguments())
-    assert actual.rows.shape == expected.rows.shape
+    assert actual.positions.shape == expected.positions.shape
     assert (actual.residual is None) == (expected.residual is None)
     first, ends = candidate_range(layer.seq_lens, config)
     kv_heads = layer.host.shape[1]
     for b, end in enumerate(ends.tolist()):
         num_pages = -(-end // n)
         for h in range(kv_heads):
-            rows, truth = (sorted(x.rows[b, h][x.rows[b, h] >= 0].tolist()) for x in (actual, expected))
+            rows, truth = (sorted(x.positions[b, h][x.positions[b, h] >= 0].tolist()) for x in (actual, expected))
             assert len(rows) == len(set(rows)) == len(truth)
             if rows == truth:
                 continue
@@ -64,15 +64,15 @@ def check_selection(name: str, layer: Layer) -> None:
         return
     same_rows = all(
         torch.equal(a.sort().values, e.sort().values)
-        for a, e in zip(actual.rows.flatten(0, 1), expected.rows.flatten(0, 1))
+        for a, e in zip(actual.positions.flatten(0, 1), expected.positions.flatten(0, 1))
     )
     assert torch.equal(actual.residual.isinf(), expected.residual.isinf()) or not same_rows
     finite = ~expected.residual.isinf() & ~actual.residual.isinf()
     if same_rows and finite.any():
         assert (actual.residual - expected.residual)[finite].abs().max() < SCORE_ERROR
-        if actual.residual_factor is not None and expected.residual_factor is not None:
+        if actual.moment is not None and expected.moment is not None:
             # A mean of stored elements whose weights are off by the scores' error and by bfloat16's rounding (2^-9).
-            difference = (actual.residual_factor - expected.residual_factor)[finite].abs().max()
+            difference = (actual.moment - expected.moment)[finite].abs().max()
             assert (
                 difference
                 < (SCORE_ERROR + 2**-8)
@@ -85,14 +85,14 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("length", [1, 2, 31, 63, 64, 65, 160, 161, 171, 172, 173, 500, 1000, 2047])
     def test_lengths(self, name: str, length: int) -> None:
         """top_k is 100: 172 tokens (64 recent, 4 sink, 8 in the unsealed page or recent) are just all selected."""
-        layer = make_layer([length], LRQKConfig(page_size=32, top_k=100))
+        layer = make_layer([length], LRQKSettings(page_size=32, top_k=100))
         check_decode(name, layer)
         check_selection(name, layer)
 
     @pytest.mark.parametrize("top_k", [1, 15, 16, 17, 435, 436, 437, 5000])
     def test_top_k(self, name: str, top_k: int) -> None:
         """500 tokens have 436 - 4 candidates."""
-        layer = make_layer([500], LRQKConfig(page_size=16, top_k=top_k))
+        layer = make_layer([500], LRQKSettings(page_size=16, top_k=top_k))
         check_decode(name, layer)
         check_selection(name, layer)
 
@@ -100,7 +100,7 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     @pytest.mark.parametrize("residual", ["linear", "mean", "none"])
     def test_ragged_batch(self, name: str, dtype: torch.dtype, factor_dtype: str, residual: str) -> None:
-        config = LRQKConfig(page_size=64, top_k=128, factor_dtype=factor_dtype, residual=residual)
+        config = LRQKSettings(page_size=64, top_k=128, factor_dtype=factor_dtype, residual=residual)
         layer = make_layer([1, 700, 63, 64, 2000, 260, 129], config, dtype)
         check_decode(name, layer)
         check_selection(name, layer)
@@ -108,7 +108,7 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256, 512])
     @pytest.mark.parametrize("residual", ["linear", "mean"])
     def test_page_size(self, name: str, page_size: int, residual: str) -> None:
-        config = LRQKConfig(page_size=page_size, top_k=200, residual=residual)
+        config = LRQKSettings(page_size=page_size, top_k=200, residual=residual)
         layer = make_layer([1500, 333], config, torch.bfloat16)
         check_decode(name, layer)
         check_selection(name, layer)
@@ -117,7 +117,7 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     @pytest.mark.parametrize("residual", ["linear", "mean"])
     def test_rank(self, name: str, rank: int, factor_dtype: str, residual: str) -> None:
-        config = LRQKConfig(page_size=64, top_k=100, rank=rank, factor_dtype=factor_dtype, residual=residual)
+        config = LRQKSettings(page_size=64, top_k=100, rank=rank, factor_dtype=factor_dtype, residual=residual)
         layer = make_layer([900, 400], config)
         check_decode(name, layer)
         check_selection(name, layer)
@@ -125,7 +125,7 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256])
     @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
     def test_heads(self, name: str, head_size: int, group: int) -> None:
-        config = LRQKConfig(page_size=32, top_k=100, residual="linear")
+        config = LRQKSettings(page_size=32, top_k=100, residual="linear")
         layer = make_layer([600], config, torch.bfloat16, head_size=head_size, group=group)
         check_decode(name, layer)
         check_selection(name, layer)
@@ -133,19 +133,19 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("sink_tokens", [0, 1, 16, 40])
     @pytest.mark.parametrize("recent_tokens", [1, 17, 64])
     def test_sink_and_recent(self, name: str, sink_tokens: int, recent_tokens: int) -> None:
-        config = LRQKConfig(page_size=16, top_k=50, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+        config = LRQKSettings(page_size=16, top_k=50, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
         layer = make_layer([300, 32, 5, 41], config)
         check_decode(name, layer)
         check_selection(name, layer)
 
     def test_selects_by_peaks(self, name: str) -> None:
         """Long enough, compared with top_k, that the threshold comes from peaks of several tokens."""
-        layer = make_layer([20000], LRQKConfig(page_size=256, top_k=64))
+        layer = make_layer([20000], LRQKSettings(page_size=256, top_k=64))
         check_decode(name, layer)
         check_selection(name, layer)
 
     def test_strided_arguments(self, name: str) -> None:
-        config = LRQKConfig(page_size=32, top_k=64)
+        config = LRQKSettings(page_size=32, top_k=64)
         layer = make_layer([500, 300], config)
         expected, _ = run_decode(name, layer)
         batch, heads, d = layer.query.shape
@@ -168,9 +168,9 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("residual", ["linear", "mean"])
     def test_needle_page_keeps_its_residual(self, name: str, residual: str) -> None:
         """A page whose selected tokens hold nearly all of its weight: what is left must not drown in rounding."""
-        config = LRQKConfig(page_size=16, top_k=1, recent_tokens=1, sink_tokens=0, rank=4, residual=residual)
+        config = LRQKSettings(page_size=16, top_k=1, recent_tokens=1, sink_tokens=0, rank=4, residual=residual)
         layer = make_layer([33], config, kv_heads=1, group=1)
-        layer.factors.scale[:] = 1.0
+        layer.factors.projection_scale[:] = 1.0
         layer.factors.projection[:] = 0
         layer.factors.projection[:, :, 0, 0] = 1
         layer.factors.key_factor_words[:] = 0
@@ -182,15 +182,15 @@ class TestAgainstTorch:
         check_selection(name, layer)
 
     def test_equal_weights_choose_top_k(self, name: str) -> None:
-        layer = make_layer([1000], LRQKConfig(page_size=32, top_k=77))
+        layer = make_layer([1000], LRQKSettings(page_size=32, top_k=77))
         layer.query.zero_()
         with force_kernels(name) as kernels:
-            rows = kernels.select(*layer.select_arguments()).rows
+            rows = kernels.select(*layer.select_arguments()).positions
         assert ((rows >= 0).sum(-1) == 77 + 64 + 4).all()
 
     def test_threads_do_not_change_the_result(self, name: str) -> None:
-        layer = make_layer([5000], LRQKConfig(page_size=256, top_k=600), torch.bfloat16, kv_heads=1)
-        config = LRQKConfig(page_size=64, top_k=600, residual="linear")
+        layer = make_layer([5000], LRQKSettings(page_size=256, top_k=600), torch.bfloat16, kv_heads=1)
+        config = LRQKSettings(page_size=64, top_k=600, residual="linear")
         layers = [layer, make_layer([3000, 10, 900], config, torch.float32)]
         threads = torch.get_num_threads()
         try:

@@ -12,7 +12,7 @@ from vllm_lrqk.methods.lrqk.dispatch import force_kernels
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.score import proxy_scores
 from vllm_lrqk.methods.lrqk.seal import seal_pages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="CPU kernels are not built")
 
@@ -36,7 +36,7 @@ def low_rank(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 def check_seal(
     name: str,
-    config: LRQKConfig,
+    config: LRQKSettings,
     dtype: torch.dtype = torch.float32,
     head_size: int = 64,
     kv_heads: int = 2,
@@ -91,16 +91,16 @@ class TestSealPages:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("queries", [None, 0, 3, 200])
     def test_dtypes_and_queries(self, name: str, factor_dtype: str, dtype: torch.dtype, queries: int | None) -> None:
-        check_seal(name, LRQKConfig(page_size=64, factor_dtype=factor_dtype), dtype, queries=queries)
+        check_seal(name, LRQKSettings(page_size=64, factor_dtype=factor_dtype), dtype, queries=queries)
 
     @pytest.mark.parametrize("rank", [4, 8, 12, 16, 20, 32, 64])
     @pytest.mark.parametrize("head_size", [64, 80, 128])
     def test_rank_and_head_size(self, name: str, rank: int, head_size: int) -> None:
-        check_seal(name, LRQKConfig(page_size=128, rank=rank), head_size=head_size, queries=500)
+        check_seal(name, LRQKSettings(page_size=128, rank=rank), head_size=head_size, queries=500)
 
     @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256, 512])
     def test_page_size(self, name: str, page_size: int) -> None:
-        check_seal(name, LRQKConfig(page_size=page_size, rank=8), head_size=96, queries=page_size)
+        check_seal(name, LRQKSettings(page_size=page_size, rank=8), head_size=96, queries=page_size)
 
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -110,12 +110,14 @@ class TestSealPages:
     def test_linear_values(
         self, name: str, factor_dtype: str, dtype: torch.dtype, rank: int, head_size: int, page_size: int
     ) -> None:
-        config = LRQKConfig(page_size=page_size, rank=rank, factor_dtype=factor_dtype, residual="linear", value_rank=8)
+        config = LRQKSettings(
+            page_size=page_size, rank=rank, factor_dtype=factor_dtype, residual="linear", value_rank=8
+        )
         check_seal(name, config, dtype, head_size, queries=100)
 
     def test_linear_values_of_fewer_tokens_than_ranks(self, name: str) -> None:
         """The values can be met exactly, up to rounded coefficients; which of many solutions is found is open."""
-        config = LRQKConfig(page_size=16, rank=32, value_rank=16, residual="linear")
+        config = LRQKSettings(page_size=16, rank=32, value_rank=16, residual="linear")
         generator = torch.Generator().manual_seed(0)
         host = torch.randn(3, 2, 16, 2, 64, generator=generator)
         factors = FactorPages(
@@ -131,13 +133,13 @@ class TestSealPages:
 
     @pytest.mark.parametrize("key_scale", [1e-4, 1e4])
     def test_magnitudes(self, name: str, key_scale: float) -> None:
-        check_seal(name, LRQKConfig(page_size=64), queries=64, key_scale=key_scale)
+        check_seal(name, LRQKSettings(page_size=64), queries=64, key_scale=key_scale)
 
     def test_weights_and_iterations(self, name: str) -> None:
-        check_seal(name, LRQKConfig(page_size=64, iterations=5, lambda_q=0.3, lambda_k=2.0), queries=64)
+        check_seal(name, LRQKSettings(page_size=64, iterations=5, lambda_q=0.3, lambda_k=2.0), queries=64)
 
     def test_zero_keys(self, name: str) -> None:
-        config = LRQKConfig(page_size=16, rank=4)
+        config = LRQKSettings(page_size=16, rank=4)
         page_format = PageFormat(16, 64, 4)
         factors = FactorPages(torch.full((1, 1, page_format.page_bytes), 0xFF, dtype=torch.uint8), page_format)
         with force_kernels(name) as kernels:
@@ -146,10 +148,10 @@ class TestSealPages:
         assert (scores == 0).all()
 
     def test_key_pca_is_left_to_torch(self, name: str) -> None:
-        check_seal(name, LRQKConfig(page_size=64, factorization="key_pca"))
+        check_seal(name, LRQKSettings(page_size=64, factorization="key_pca"))
 
     def test_threads_do_not_change_the_result(self, name: str) -> None:
-        config = LRQKConfig(page_size=64)
+        config = LRQKSettings(page_size=64)
         page_format = PageFormat(64, 64, config.rank)
         host = torch.randn(5, 3, 64, 2, 64)
         threads, results = torch.get_num_threads(), []

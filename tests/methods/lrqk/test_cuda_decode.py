@@ -9,16 +9,16 @@ from interpreted import interpreted_kernels
 interpreted_kernels("methods.lrqk.triton_attend")
 from hot_decoding import HotDecoding  # noqa: E402
 
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 
-CONFIG = LRQKConfig(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3)
+CONFIG = LRQKSettings(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3)
 LENGTHS = [1, 15, 63, 211]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 OTHER_CHOICE = 0.1
 """One of 24 rows that the torch form leaves to the residual."""
 
 
-def make(config: LRQKConfig = CONFIG, dtype: torch.dtype = torch.float32, **shape: int) -> HotDecoding:
+def make(config: LRQKSettings = CONFIG, dtype: torch.dtype = torch.float32, **shape: int) -> HotDecoding:
     batch = make_batch(LENGTHS, config, dtype=dtype, **shape)
     return HotDecoding(emulated_operators(), batch, config, torch.device("cpu"))
 
@@ -53,13 +53,13 @@ def test_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("residual", ["linear", "mean", "none"])
 @pytest.mark.parametrize(("group", "d"), [(1, 64), (4, 128), (7, 96)])
 def test_shapes(residual: str, group: int, d: int) -> None:
-    config = LRQKConfig(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3, residual=residual)
+    config = LRQKSettings(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3, residual=residual)
     check_steps(make(config, group=group, d=d), 3)
 
 
 def test_only_new_rows_miss_when_everything_is_attended() -> None:
     """The second step finds all rows of the first; the current token's row is no miss."""
-    config = LRQKConfig(rank=8, page_size=16, top_k=300, recent_tokens=5, sink_tokens=3)
+    config = LRQKSettings(rank=8, page_size=16, top_k=300, recent_tokens=5, sink_tokens=3)
     decoding = make(config)
     check_steps(decoding, 1)
     kv_heads = decoding.host.shape[1]

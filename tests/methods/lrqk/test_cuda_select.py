@@ -9,7 +9,7 @@ from selections import HALF, assert_selects_like
 from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace
 from vllm_lrqk.methods.lrqk.score import select
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 RESIDUALS = ["mean", "linear"]
 CPU = torch.device("cpu")
@@ -34,70 +34,70 @@ def run(layer: Layer, workspace: SelectWorkspace | None = None) -> Selection:
 def check(layer: Layer) -> None:
     actual = run(layer)
     config = layer.config
-    assert actual.rows.shape[-1] == config.attended_rows
+    assert actual.positions.shape[-1] == config.attended_rows
     assert_selects_like(actual, select(*layer.select_arguments()), layer, HALF)
 
 
 class TestAgainstTorch:
     @pytest.mark.parametrize("residual", RESIDUALS)
     def test_lengths(self, residual: str) -> None:
-        config = LRQKConfig(page_size=32, top_k=100, residual=residual)
+        config = LRQKSettings(page_size=32, top_k=100, residual=residual)
         check(make_layer([1, 2, 63, 64, 65, 160, 171, 172, 173, 500, 1000], config))
 
     @pytest.mark.parametrize("residual", RESIDUALS)
     @pytest.mark.parametrize("top_k", [1, 16, 435, 436, 437, 5000])
     def test_top_k(self, top_k: int, residual: str) -> None:
         """500 tokens have 436 - 4 candidates."""
-        check(make_layer([500], LRQKConfig(page_size=16, top_k=top_k, residual=residual)))
+        check(make_layer([500], LRQKSettings(page_size=16, top_k=top_k, residual=residual)))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     @pytest.mark.parametrize("residual", RESIDUALS)
     def test_dtypes(self, dtype: torch.dtype, factor_dtype: str, residual: str) -> None:
-        config = LRQKConfig(page_size=64, top_k=128, factor_dtype=factor_dtype, residual=residual)
+        config = LRQKSettings(page_size=64, top_k=128, factor_dtype=factor_dtype, residual=residual)
         check(make_layer([700, 64, 260], config, dtype))
 
     @pytest.mark.parametrize("page_size", [16, 64, 128, 256, 1024])
     @pytest.mark.parametrize("residual", RESIDUALS)
     def test_page_size(self, page_size: int, residual: str) -> None:
-        check(make_layer([2500, 333], LRQKConfig(page_size=page_size, top_k=200, residual=residual)))
+        check(make_layer([2500, 333], LRQKSettings(page_size=page_size, top_k=200, residual=residual)))
 
     @pytest.mark.parametrize("rank", [4, 12, 20, 32, 64])
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     @pytest.mark.parametrize("residual", RESIDUALS)
     def test_rank(self, rank: int, factor_dtype: str, residual: str) -> None:
-        config = LRQKConfig(page_size=64, top_k=100, rank=rank, factor_dtype=factor_dtype, residual=residual)
+        config = LRQKSettings(page_size=64, top_k=100, rank=rank, factor_dtype=factor_dtype, residual=residual)
         check(make_layer([400], config))
 
     @pytest.mark.parametrize(("head_size", "group"), [(64, 1), (96, 2), (128, 4), (256, 7), (128, 8), (64, 12)])
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     @pytest.mark.parametrize("residual", RESIDUALS)
     def test_heads(self, head_size: int, group: int, factor_dtype: str, residual: str) -> None:
-        config = LRQKConfig(page_size=32, top_k=100, factor_dtype=factor_dtype, residual=residual)
+        config = LRQKSettings(page_size=32, top_k=100, factor_dtype=factor_dtype, residual=residual)
         check(make_layer([600], config, head_size=head_size, group=group))
 
     @pytest.mark.parametrize("group", [1, 2, 3, 12])
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     def test_highest_rank_of_each_number_of_heads(self, group: int, factor_dtype: str) -> None:
-        config = LRQKConfig(page_size=64, top_k=100, rank=60, factor_dtype=factor_dtype, residual="linear")
+        config = LRQKSettings(page_size=64, top_k=100, rank=60, factor_dtype=factor_dtype, residual="linear")
         check(make_layer([400], config, group=group))
 
     @pytest.mark.parametrize(("sink_tokens", "recent_tokens"), [(0, 1), (1, 17), (40, 64), (300, 5)])
     @pytest.mark.parametrize("residual", RESIDUALS)
     def test_sink_and_recent(self, sink_tokens: int, recent_tokens: int, residual: str) -> None:
         tokens = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
-        config = LRQKConfig(page_size=16, top_k=50, residual=residual, **tokens)
+        config = LRQKSettings(page_size=16, top_k=50, residual=residual, **tokens)
         check(make_layer([300, 32, 5, 41], config))
 
     def test_no_residual(self) -> None:
-        check(make_layer([300, 32], LRQKConfig(page_size=16, top_k=50, residual="none")))
+        check(make_layer([300, 32], LRQKSettings(page_size=16, top_k=50, residual="none")))
 
     @pytest.mark.parametrize("residual", RESIDUALS)
     def test_needle_page_keeps_its_residual(self, residual: str) -> None:
         """A page whose selected token holds nearly all of its weight: what is left must not drown in rounding."""
-        config = LRQKConfig(page_size=16, top_k=1, recent_tokens=1, sink_tokens=0, rank=4, residual=residual)
+        config = LRQKSettings(page_size=16, top_k=1, recent_tokens=1, sink_tokens=0, rank=4, residual=residual)
         layer = make_layer([33], config, kv_heads=1, group=1)
-        layer.factors.scale[:] = 1.0
+        layer.factors.projection_scale[:] = 1.0
         layer.factors.projection[:] = 0
         layer.factors.projection[:, :, 0, 0] = 1
         layer.factors.key_factor_words[:] = 0
@@ -109,35 +109,35 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("residual", RESIDUALS)
     def test_padding_is_inert(self, residual: str) -> None:
         """A request of length 0, whose block table and query mean nothing."""
-        layer = make_layer([300, 16, 500], LRQKConfig(page_size=16, top_k=50, residual=residual))
+        layer = make_layer([300, 16, 500], LRQKSettings(page_size=16, top_k=50, residual=residual))
         expected = select(*layer.select_arguments())
         layer.seq_lens[1], layer.query[1], layer.block_table[1] = 0, torch.nan, 1 << 30
         actual = run(layer)
         assert actual.residual is not None
-        assert (actual.rows[1] == -1).all()
+        assert (actual.positions[1] == -1).all()
         assert (actual.residual[1] == -torch.inf).all()
         layer.block_table[1] = 0
-        expected.rows[1], layer.query[1] = -1, 0
+        expected.positions[1], layer.query[1] = -1, 0
         assert expected.residual is not None
         expected.residual[1] = -torch.inf
-        if expected.residual_factor is not None:
-            expected.residual_factor[1] = 0
+        if expected.moment is not None:
+            expected.moment[1] = 0
         assert_selects_like(actual, expected, layer, HALF)
 
 
 def test_equal_weights_choose_the_first() -> None:
     """More ties than the list has room for, over several chunks."""
-    layer = make_layer([20000], LRQKConfig(page_size=256, top_k=77), kv_heads=1, group=1)
+    layer = make_layer([20000], LRQKSettings(page_size=256, top_k=77), kv_heads=1, group=1)
     layer.query.zero_()
-    rows = run(layer).rows[0, 0]
+    rows = run(layer).positions[0, 0]
     assert rows[:77].tolist() == list(range(4, 81))
 
 
 def test_ties_before_heavier_tokens() -> None:
     """The last tie that is chosen lies in an earlier chunk than ten tokens that weigh more."""
-    config = LRQKConfig(page_size=256, top_k=20)
+    config = LRQKSettings(page_size=256, top_k=20)
     layer = make_layer([20000], config, kv_heads=1, group=1)
-    layer.factors.scale[:] = 1.0
+    layer.factors.projection_scale[:] = 1.0
     layer.factors.projection[:] = 0
     layer.factors.projection[:, :, 0, 0] = 1
     layer.factors.key_factor_words[:] = 0
@@ -147,21 +147,21 @@ def test_ties_before_heavier_tokens() -> None:
     layer.query[:] = 0
     layer.query[0, 0, 0] = 8.0
     heavier = range(70 * 256 + 100, 70 * 256 + 110)
-    assert run(layer).rows[0, 0, :20].tolist() == [*range(4, 14), *heavier]
+    assert run(layer).positions[0, 0, :20].tolist() == [*range(4, 14), *heavier]
 
 
 def test_rows_are_in_order_over_chunks() -> None:
-    layer = make_layer([9000], LRQKConfig(page_size=256, top_k=600))
+    layer = make_layer([9000], LRQKSettings(page_size=256, top_k=600))
     selection = run(layer)
     assert_selects_like(selection, select(*layer.select_arguments()), layer, HALF)
-    chosen = selection.rows[..., :600]
+    chosen = selection.positions[..., :600]
     assert (chosen.diff(dim=-1) > 0).all()
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_memory_is_used_again(residual: str) -> None:
     """Calls of different sizes in one workspace, each of which must leave the state as it found it."""
-    config = LRQKConfig(page_size=32, top_k=100, residual=residual)
+    config = LRQKSettings(page_size=32, top_k=100, residual=residual)
     layers = [make_layer(lengths, config, seed=i) for i, lengths in enumerate([[700, 40], [300], [64, 1, 999], [700]])]
     workspace = workspace_for(layers[2], requests=4, pages=40)
     for layer in [*layers, *layers]:
@@ -170,7 +170,7 @@ def test_memory_is_used_again(residual: str) -> None:
 
 
 def test_a_batch_that_does_not_fit_is_refused() -> None:
-    layer = make_layer([300], LRQKConfig(page_size=32, top_k=100))
+    layer = make_layer([300], LRQKSettings(page_size=32, top_k=100))
     workspace = workspace_for(layer, requests=2)
     workspace.max_requests = 1
     with pytest.raises(RuntimeError, match="state has room"):

@@ -13,10 +13,10 @@ from vllm_lrqk.methods.lrqk import cuda  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
 from vllm_lrqk.methods.lrqk.kernels import PageKernels  # noqa: E402
 from vllm_lrqk.methods.lrqk.seal import query_grams, seal_pages  # noqa: E402
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 from vllm_lrqk.methods.lrqk.torch_ops import kernels as torch_kernels  # noqa: E402
 
-CONFIG = LRQKConfig(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3)
+CONFIG = LRQKSettings(rank=8, page_size=16, top_k=24, recent_tokens=5, sink_tokens=3)
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from vllm_lrqk.core.prefill import _flash  # noqa: E402
 from vllm_lrqk.core.step import build_step  # noqa: E402
 from vllm_lrqk.devices import cuda_prefill  # noqa: E402
 from vllm_lrqk.methods.lrqk.cuda_decode import requests_at_once  # noqa: E402
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig  # noqa: E402
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 
-SPARSE = LRQKConfig(rank=4, page_size=16, top_k=12, recent_tokens=3, sink_tokens=2)
-COVERING = LRQKConfig(rank=4, page_size=16, top_k=80, recent_tokens=3, sink_tokens=2)
+SPARSE = LRQKSettings(rank=4, page_size=16, top_k=12, recent_tokens=3, sink_tokens=2)
+COVERING = LRQKSettings(rank=4, page_size=16, top_k=80, recent_tokens=3, sink_tokens=2)
 CPU = torch.device("cpu")
 
 
@@ -50,7 +50,9 @@ def test_a_page_is_sealed_before_the_next_step() -> None:
     assert not layers.layer.factors.raw[page].any()
     assert layers.layer.counters.pages_sealed == 0
     layers.prepare([(request, 1)])
-    torch.testing.assert_close(layers.layer.factors.scale[page], layers.expected.factors.scale[page])
+    torch.testing.assert_close(
+        layers.layer.factors.projection_scale[page], layers.expected.factors.projection_scale[page]
+    )
     assert layers.layer.counters.pages_sealed == layers.expected.counters.pages_sealed == 1
 
 
@@ -117,13 +119,13 @@ class TestBuildStep:
 
 @pytest.mark.parametrize(("budget", "expected"), [(1, 1), (1 << 40, 50)])
 def test_memory_of_steps_is_bounded(budget: int, expected: int) -> None:
-    config = LRQKConfig()
+    config = LRQKSettings()
     assert requests_at_once(emulated_operators(), 50, 512, 32, 8, 3000, config, budget) == expected
 
 
 def test_requests_at_once_keep_the_block_table_aligned() -> None:
     """At 128K with 32 heads a request takes 12 to 16 MiB, nearly all of it scores and weights."""
-    count = requests_at_once(emulated_operators(), 256, 512, 32, 8, 3000, LRQKConfig())
+    count = requests_at_once(emulated_operators(), 256, 512, 32, 8, 3000, LRQKSettings())
     assert 32 <= count <= 42
     assert count % 4 == 0
 

@@ -108,13 +108,13 @@ def test_views_start_at_their_offsets():
     factors = numbered(DEFAULT)
     raw = factors.raw[1, 2]
     assert torch.equal(factors.projection[1, 2], raw[4096:6144].view(torch.int8).view(16, 128))
-    assert torch.equal(factors.scale[1, 2].view(torch.uint8), raw[6144:6208])
+    assert torch.equal(factors.projection_scale[1, 2].view(torch.uint8), raw[6144:6208])
     assert torch.equal(factors.value_mean[1, 2].view(torch.uint8), raw[6208:6464])
 
 
 def test_views_write_into_the_raw_bytes():
     factors = numbered(DEFAULT)
-    factors.scale[0, 1] = 0.0
+    factors.projection_scale[0, 1] = 0.0
     assert bool((factors.raw[0, 1, 6144:6208] == 0).all())
 
 

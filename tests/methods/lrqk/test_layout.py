@@ -6,10 +6,10 @@ from cpu_kernel_cases import INSTRUCTION_SETS, make_layer
 
 from vllm_lrqk.methods.lrqk.cpu import INSTRUCTION_SETS as ALL_SETS
 from vllm_lrqk.methods.lrqk.format import PageFormat
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="the CPU kernels are not built")
-CONFIG = LRQKConfig(page_size=16, top_k=16, recent_tokens=16)
+CONFIG = LRQKSettings(page_size=16, top_k=16, recent_tokens=16)
 
 
 def names() -> list[str]:

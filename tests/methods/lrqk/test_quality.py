@@ -8,10 +8,10 @@ import torch
 from vllm_lrqk.evaluation.attention.decoding import dense_decode, paged_decode, published_decode, relative_error
 from vllm_lrqk.evaluation.attention.generator import SETS, generate
 from vllm_lrqk.evaluation.reference.published_attention import PublishedSettings
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 STEPS = 24
-CONFIG = LRQKConfig(rank=16, page_size=256, top_k=512, recent_tokens=64, sink_tokens=4)
+CONFIG = LRQKSettings(rank=16, page_size=256, top_k=512, recent_tokens=64, sink_tokens=4)
 
 
 @pytest.fixture(scope="module", params=["s1", "s2"])
@@ -56,12 +56,12 @@ def test_chunks_that_end_inside_pages_cost_little(case):
 
 def test_pages_sealed_while_decoding_are_used():
     """With 16-token pages, 64 steps seal 4 pages; forgetting the prompt's end would show at once."""
-    config = LRQKConfig(rank=16, page_size=16, top_k=256, recent_tokens=16)
+    config = LRQKSettings(rank=16, page_size=16, top_k=256, recent_tokens=16)
     qkv = generate(replace(SETS["s1"], prompt_tokens=500))
     output, layer = paged_decode(qkv, 64, config)
     sealed = layer.pages[: layer.num_tokens // 16]
     assert layer.num_tokens // 16 - 500 // 16 == 4
-    assert bool(layer.factors.scale[sealed].isfinite().all())
+    assert bool(layer.factors.projection_scale[sealed].isfinite().all())
     assert relative_error(output, dense_decode(qkv, 64)).mean() < 0.1
 
 
@@ -77,7 +77,7 @@ def quarter_errors(output: torch.Tensor, dense: torch.Tensor) -> list[float]:
     return [float(part.mean()) for part in relative_error(output, dense).chunk(4)]
 
 
-LONG_CONFIG = LRQKConfig(rank=16, page_size=64, top_k=256, recent_tokens=64)
+LONG_CONFIG = LRQKSettings(rank=16, page_size=64, top_k=256, recent_tokens=64)
 
 
 def test_long_generation_stays_flat(long_case):

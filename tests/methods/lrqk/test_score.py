@@ -7,9 +7,9 @@ from batches import Batch, make_batch, token_proxies
 
 from vllm_lrqk.core.selection import Selection, candidate_range
 from vllm_lrqk.methods.lrqk.score import proxy_scores, select
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
-CONFIG = LRQKConfig(rank=8, page_size=16, top_k=20, recent_tokens=5, sink_tokens=3)
+CONFIG = LRQKSettings(rank=8, page_size=16, top_k=20, recent_tokens=5, sink_tokens=3)
 LENGTHS = [1, 2, 3, 7, 15, 16, 17, 21, 31, 33, 48, 63, 100, 211]
 CONFIGS = {
     "plain": CONFIG,
@@ -25,11 +25,11 @@ CONFIGS = {
 }
 
 
-def run(batch: Batch, config: LRQKConfig) -> Selection:
+def run(batch: Batch, config: LRQKSettings) -> Selection:
     return select(batch.query, batch.factors, batch.block_table, batch.seq_lens, batch.scale, config)
 
 
-def candidates_of(length: int, config: LRQKConfig) -> set[int]:
+def candidates_of(length: int, config: LRQKSettings) -> set[int]:
     """Sealed tokens that are neither sink nor recent; the page that the last token fills is not sealed yet."""
     sealed = range((length - 1) // config.page_size * config.page_size)
     return {n for n in sealed if n >= config.sink_tokens and n < length - config.recent_tokens}
@@ -43,7 +43,7 @@ def case(request):
 
 
 def attended(selection: Selection, b: int, kv: int) -> list[int]:
-    return [row for row in selection.rows[b, kv].tolist() if row >= 0]
+    return [row for row in selection.positions[b, kv].tolist() if row >= 0]
 
 
 def test_rows_are_the_best_candidates_and_all_others(case):
@@ -78,8 +78,8 @@ def test_no_row_twice(case):
 
 def test_no_more_rows_than_configured(case):
     _, config, selection = case
-    assert int((selection.rows >= 0).sum(-1).max()) <= config.attended_rows
-    assert selection.rows.dtype == torch.int32
+    assert int((selection.positions >= 0).sum(-1).max()) <= config.attended_rows
+    assert selection.positions.dtype == torch.int32
 
 
 def test_residual_sums_the_unattended_candidates(case):

@@ -10,7 +10,7 @@ from pages import empty_factors, host_pages, page_scores, relative, sealed
 
 from vllm_lrqk.evaluation.reference.published import factorize_prompt
 from vllm_lrqk.methods.lrqk.seal import _top_columns, lrqk_projections, seal_pages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 from vllm_lrqk.methods.lrqk.values import value_regression, values_first
 
 RANKS = st.integers(1, 8).map(lambda n: 4 * n)
@@ -54,15 +54,15 @@ def test_gram_form_is_the_explicit_iterate(seed, tokens, d, rank, iterations):
 @given(SEEDS, PAGE_SIZES, HEAD_SIZES, RANKS, FACTORIZATIONS)
 def test_int8_round_trip(seed, page_size, d, rank, factorization):
     """An int8 page holds each element of A and X of the bfloat16 page within half a step and bfloat16's rounding."""
-    config = LRQKConfig(rank=rank, page_size=page_size, factorization=factorization)
+    config = LRQKSettings(rank=rank, page_size=page_size, factorization=factorization)
     keys = decaying(2, 3, page_size, d, seed=seed)
     stored = sealed(keys, config)
     fine = sealed(keys, replace(config, factor_dtype="bfloat16"))
-    assert bool((fine.scale == 1).all())
+    assert bool((fine.projection_scale == 1).all())
     pages = torch.arange(2)
     fine_a, fine_x = fine.key_factor(pages).double(), fine.projection.double()
     a_step, x_step = fine_a.abs().amax(-2, keepdim=True) / 127, fine_x.abs().amax(-1, keepdim=True) / 127
-    torch.testing.assert_close(stored.scale.double(), (a_step.mT * x_step)[..., 0], rtol=2**-7, atol=0)
+    torch.testing.assert_close(stored.projection_scale.double(), (a_step.mT * x_step)[..., 0], rtol=2**-7, atol=0)
     a, x = stored.key_factor(pages).double() * a_step, stored.projection.double() * x_step
     # 0.51: the step itself was found from a rounded maximum.
     assert bool(((a - fine_a).abs() <= 0.51 * a_step + 2**-7 * a.abs()).all())
@@ -73,7 +73,7 @@ def test_int8_round_trip(seed, page_size, d, rank, factorization):
 @given(SEEDS, PAGE_SIZES, HEAD_SIZES, RANKS, FACTOR_DTYPES)
 def test_every_byte_that_is_read_was_written(seed, page_size, d, rank, dtype):
     """Pages sealed over different bytes read the same, hold no NaN, and leave all other pages alone."""
-    config = LRQKConfig(rank=rank, page_size=page_size, factor_dtype=dtype)
+    config = LRQKSettings(rank=rank, page_size=page_size, factor_dtype=dtype)
     host = host_pages(decaying(4, 2, page_size, d, seed=seed), normal(4, 2, page_size, d, seed=seed))
     target = torch.tensor([3, 1])
     written = []
@@ -81,7 +81,9 @@ def test_every_byte_that_is_read_was_written(seed, page_size, d, rank, dtype):
         factors = empty_factors(config, d, 4, 2, fill)
         seal_pages(target, host, factors, None, config)
         assert bool((factors.raw[[0, 2]] == fill).all())
-        written.append([factors.key_factor(target), *(part[target] for part in (factors.projection, factors.scale))])
+        written.append(
+            [factors.key_factor(target), *(part[target] for part in (factors.projection, factors.projection_scale))]
+        )
         written[-1].append(factors.value_mean[target])
     for first, second in zip(*written):
         assert torch.equal(first, second)
@@ -96,7 +98,7 @@ def test_every_byte_that_is_read_was_written(seed, page_size, d, rank, dtype):
 def test_scores_are_as_good_at_every_magnitude(factorization, dtype, size):
     """Scores of rank-6 keys through rank-16 factors: exact up to two int8 roundings (1 %) and the host's own."""
     keys = normal(2, 2, 64, 6) @ normal(6, 96, seed=1) * size / 6
-    config = LRQKConfig(rank=16, page_size=64, factorization=factorization)
+    config = LRQKSettings(rank=16, page_size=64, factorization=factorization)
     query = normal(20, 96, seed=2)
     scores = page_scores(sealed(keys.to(dtype), config), query)
     assert relative(scores, query @ keys.mT) < 0.02
@@ -109,12 +111,17 @@ def test_degenerate_pages(factorization, dtype):
     keys = torch.zeros(3, 1, 32, 64)
     keys[1] = normal(64)
     keys[2, 0, 5] = normal(64, seed=1)
-    config = LRQKConfig(rank=16, page_size=32, factorization=factorization)
+    config = LRQKSettings(rank=16, page_size=32, factorization=factorization)
     query = normal(10, 64, seed=2)
     single = query[:1].T @ query[:1]
     for gram_q in (None, torch.zeros(3, 1, 64, 64), single.expand(3, 1, -1, -1)):
         factors = sealed(keys.to(dtype), config, gram_q)
-        for part in (factors.projection, factors.scale, factors.value_mean, factors.key_factor(torch.arange(3))):
+        for part in (
+            factors.projection,
+            factors.projection_scale,
+            factors.value_mean,
+            factors.key_factor(torch.arange(3)),
+        ):
             assert bool(part.float().isfinite().all())
         scores, expected = page_scores(factors, query), (query @ keys.mT).double()
         assert float(scores[0].abs().max()) == 0.0
@@ -127,7 +134,7 @@ def test_more_rank_is_better():
     keys, query = decaying(4, 2, 128, 64), decaying(200, 64, seed=5)
     errors = []
     for rank in (4, 8, 16, 32):
-        factors = sealed(keys, LRQKConfig(rank=rank, page_size=128))
+        factors = sealed(keys, LRQKSettings(rank=rank, page_size=128))
         errors.append(relative(page_scores(factors, query), query @ keys.mT))
     assert all(later < 0.9 * earlier for earlier, later in pairwise(errors))
 
@@ -141,7 +148,7 @@ def test_queries_at_hand_shape_the_factors():
     gram_q = (query.T @ query).expand(2, 1, -1, -1)
     errors = {}
     for name in ("lrqk", "key_pca"):
-        factors = sealed(keys, LRQKConfig(rank=16, page_size=256, factorization=name), gram_q)
+        factors = sealed(keys, LRQKSettings(rank=16, page_size=256, factorization=name), gram_q)
         errors[name] = relative(page_scores(factors, query), query @ keys.mT)
     assert errors["lrqk"] < 0.5 * errors["key_pca"]
 
@@ -150,7 +157,7 @@ def test_few_queries_at_hand_do_not_blind_a_page():
     """One query at hand must not cost the others more than a quarter over having none."""
     keys, query = decaying(4, 2, 256, 64), decaying(200, 64)
     single = normal(1, 64, seed=9)
-    config = LRQKConfig(rank=16, page_size=256)
+    config = LRQKSettings(rank=16, page_size=256)
 
     def error(gram_q: torch.Tensor | None) -> float:
         return relative(page_scores(sealed(keys, config, gram_q), query), query @ keys.mT)
@@ -162,7 +169,7 @@ def test_pages_with_and_without_queries_in_one_call():
     keys = decaying(2, 1, 64, 64)
     query = decaying(100, 64, seed=4)
     grams = torch.stack([query.T @ query, torch.zeros(64, 64)])[:, None]
-    config = LRQKConfig(rank=8, page_size=64)
+    config = LRQKSettings(rank=8, page_size=64)
     together = sealed(keys, config, grams)
     with_queries, without = sealed(keys[:1], config, grams[:1]), sealed(keys[1:], config, None)
     probe = decaying(50, 64, seed=6)
@@ -177,7 +184,7 @@ def test_values_that_follow_a_few_directions_of_the_key_factors_are_found(seed, 
 
     3e-2: columns are rounded in steps of 1/127 of their largest element, some 3 standard deviations; 8 of them add up.
     """
-    config = LRQKConfig(page_size=page_size, factor_dtype=dtype, residual="linear", value_rank=8)
+    config = LRQKSettings(page_size=page_size, factor_dtype=dtype, residual="linear", value_rank=8)
     keys = decaying(2, 3, page_size, d, seed=seed)
     pages = torch.arange(2)
     key_factor = sealed(keys, config).key_factor(pages).float()
@@ -228,10 +235,10 @@ def test_a_constant_key_factor_explains_no_value():
 
 
 def test_pages_of_equal_keys_and_of_zeros_are_sealed():
-    config = LRQKConfig(page_size=16, residual="linear")
+    config = LRQKSettings(page_size=16, residual="linear")
     for keys in (torch.zeros(1, 1, 16, 64), normal(64).expand(1, 1, 16, 64)):
         factors = sealed(keys, config, values=normal(1, 1, 16, 64))
-        for section in (factors.projection, factors.scale, factors.value_projection, factors.value_scale):
+        for section in (factors.projection, factors.projection_scale, factors.value_projection, factors.value_scale):
             assert bool(section.float().isfinite().all())
         torch.testing.assert_close(
             page_scores(factors, normal(2, 64)), normal(2, 64).double() @ keys.double().mT, rtol=2e-2, atol=0.1

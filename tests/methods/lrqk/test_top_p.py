@@ -16,7 +16,7 @@ from vllm_lrqk.methods.lrqk.cuda_select import check_config
 from vllm_lrqk.methods.lrqk.dispatch import force_kernels, host_kernels
 from vllm_lrqk.methods.lrqk.layer import LRQKLayer
 from vllm_lrqk.methods.lrqk.score import proxy_scores, select
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 SHARES = [1e-6, 0.3, 0.9, 0.999, 0.9999999]
 # Relative error of a weight. Torch: float32 scores below 30. Compiled: the scores' own error, which
@@ -49,7 +49,7 @@ def check(name: str, layer: Layer) -> list[int]:
     counts = []
     for b, length in enumerate(layer.seq_lens.tolist()):
         for kv_head in range(kv_heads):
-            rows = [row for row in selection.rows[b, kv_head].tolist() if row >= 0]
+            rows = [row for row in selection.positions[b, kv_head].tolist() if row >= 0]
             assert len(rows) == len(set(rows))
             weight = candidate_weights(layer, b, kv_head)
             always = set(range(length)) - set(weight)
@@ -88,16 +88,16 @@ NAMES = ["torch", *INSTRUCTION_SETS]
 @pytest.mark.parametrize("top_p", SHARES)
 class TestAgainstTheDefinition:
     def test_lengths(self, name: str, top_p: float) -> None:
-        config = LRQKConfig(page_size=32, top_k=100, top_p=top_p)
+        config = LRQKSettings(page_size=32, top_k=100, top_p=top_p)
         check(name, make_layer([1, 63, 64, 65, 171, 172, 173, 500, 1000], config))
 
     @pytest.mark.parametrize("top_k", [1, 16, 432, 5000])
     def test_top_k(self, name: str, top_p: float, top_k: int) -> None:
         """500 tokens have 432 candidates; where there are no more than top_k the share counts all the same."""
-        check(name, make_layer([500], LRQKConfig(page_size=16, top_k=top_k, top_p=top_p)))
+        check(name, make_layer([500], LRQKSettings(page_size=16, top_k=top_k, top_p=top_p)))
 
     def test_no_residual(self, name: str, top_p: float) -> None:
-        check(name, make_layer([300, 32], LRQKConfig(page_size=16, top_k=50, top_p=top_p, residual="none")))
+        check(name, make_layer([300, 32], LRQKSettings(page_size=16, top_k=50, top_p=top_p, residual="none")))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,27 +105,27 @@ class TestShapes:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("factor_dtype", ["int8", "bfloat16"])
     def test_dtypes(self, name: str, dtype: torch.dtype, factor_dtype: str) -> None:
-        config = LRQKConfig(page_size=64, top_k=128, top_p=0.8, factor_dtype=factor_dtype)
+        config = LRQKSettings(page_size=64, top_k=128, top_p=0.8, factor_dtype=factor_dtype)
         check(name, make_layer([700, 64, 260], config, dtype))
 
     @pytest.mark.parametrize(("head_size", "group"), [(32, 1), (64, 3), (96, 7), (128, 8)])
     def test_heads(self, name: str, head_size: int, group: int) -> None:
-        config = LRQKConfig(page_size=32, top_k=100, top_p=0.7)
+        config = LRQKSettings(page_size=32, top_k=100, top_p=0.7)
         check(name, make_layer([600], config, torch.bfloat16, head_size=head_size, group=group))
 
     @pytest.mark.parametrize("page_size", [16, 128, 256])
     def test_page_size(self, name: str, page_size: int) -> None:
-        check(name, make_layer([2500, 333], LRQKConfig(page_size=page_size, top_k=300, top_p=0.9)))
+        check(name, make_layer([2500, 333], LRQKSettings(page_size=page_size, top_k=300, top_p=0.9)))
 
     def test_equal_weights_keep_the_first(self, name: str) -> None:
         """300 tokens have 232 candidates of equal weight, all in one page: a sixteenth of it are the 15 first ones."""
-        layer = make_layer([300], LRQKConfig(page_size=256, top_k=100, top_p=0.0625))
+        layer = make_layer([300], LRQKSettings(page_size=256, top_k=100, top_p=0.0625))
         layer.query.zero_()
-        for rows in run(name, layer).rows[0]:
+        for rows in run(name, layer).positions[0]:
             assert sorted(rows[(rows >= 4) & (rows < 236)].tolist()) == list(range(4, 19))
 
     def test_a_larger_share_keeps_more(self, name: str) -> None:
-        layer = make_layer([900], LRQKConfig(page_size=32, top_k=800))
+        layer = make_layer([900], LRQKSettings(page_size=32, top_k=800))
         counts = []
         for top_p in SHARES:
             layer.config = replace(layer.config, top_p=top_p)
@@ -142,7 +142,7 @@ def test_compiled_decode_attends_what_it_selects(lengths: list[int]) -> None:
     Tolerance: 1e-3 relative is the residual's error, see tests/methods/lrqk/test_cpu_decode.py; rows of nearly equal
     weight at the end of the share may differ and move between the exact part and the residual: another 4e-3.
     """
-    layer = make_layer(lengths, LRQKConfig(page_size=256, top_k=600, top_p=0.5), kv_heads=2)
+    layer = make_layer(lengths, LRQKSettings(page_size=256, top_k=600, top_p=0.5), kv_heads=2)
     threads = torch.get_num_threads()
     outputs = {}
     try:
@@ -151,7 +151,7 @@ def test_compiled_decode_attends_what_it_selects(lengths: list[int]) -> None:
             outputs[name, count] = torch.full_like(layer.query, torch.nan)
             with force_kernels(name) as kernels:
                 attended = kernels.decode_attention(*layer.decode_arguments(), outputs[name, count])
-            selected = (run(name, layer).rows >= 0).sum((1, 2))
+            selected = (run(name, layer).positions >= 0).sum((1, 2))
             assert attended.tolist() == selected.tolist()
     finally:
         torch.set_num_threads(threads)
@@ -160,7 +160,7 @@ def test_compiled_decode_attends_what_it_selects(lengths: list[int]) -> None:
         assert torch.equal(outputs[name, 1], outputs[name, 3])
         assert float((outputs[name, 1] - expected).norm() / expected.norm()) < 5e-3
     whole = replace(layer, config=replace(layer.config, top_p=1.0))
-    assert int(attended.sum()) < int((select(*whole.select_arguments()).rows >= 0).sum())
+    assert int(attended.sum()) < int((select(*whole.select_arguments()).positions >= 0).sum())
 
 
 def count_rows(layer: Layer) -> int:
@@ -185,13 +185,13 @@ def count_rows(layer: Layer) -> int:
 
 
 def test_counted_rows_fall() -> None:
-    layer = make_layer([3000, 900], LRQKConfig(page_size=256, top_k=600))
+    layer = make_layer([3000, 900], LRQKSettings(page_size=256, top_k=600))
     counted = []
     for top_p in (1.0, 0.9, 0.3):
         layer.config = replace(layer.config, top_p=top_p)
         counted.append(count_rows(layer))
         selection = host_kernels().select(*layer.select_arguments())
-        assert counted[-1] == int((selection.rows >= 0).sum())
+        assert counted[-1] == int((selection.positions >= 0).sum())
     assert counted[0] > counted[1] > counted[2]
 
 
@@ -200,7 +200,7 @@ def test_by_hand() -> None:
     weight = torch.tensor([[[-1.0, 0.25, 0.5, 0.25, 1.0, 0.0]]])
     kept = {}
     for top_p in (0.4, 0.5, 0.51, 0.75, 0.8, 0.9, 1.0):
-        tokens, is_selected = heaviest(weight, 2, LRQKConfig(top_k=4, top_p=top_p))
+        tokens, is_selected = heaviest(weight, 2, LRQKSettings(top_k=4, top_p=top_p))
         kept[top_p] = sorted(tokens[is_selected].tolist())
     assert kept == {
         0.4: [4],
@@ -214,6 +214,6 @@ def test_by_hand() -> None:
 
 
 def test_cuda_kernels_refuse_it() -> None:
-    check_config(LRQKConfig())
+    check_config(LRQKSettings())
     with pytest.raises(ConfigError, match=r"^lrqk\.top_p is 0\.9, but the CUDA kernels .*: set it to 1\.$"):
-        check_config(LRQKConfig(top_p=0.9))
+        check_config(LRQKSettings(top_p=0.9))

@@ -12,12 +12,12 @@ from vllm_lrqk.core.attend import gather_rows
 from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.methods.lrqk.decode import attend_selection
 from vllm_lrqk.methods.lrqk.score import select
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 triton_attend = interpreted_kernels("methods.lrqk.triton_attend")
 triton_parts = interpreted_kernels("devices.triton_parts")
 
-CONFIG = LRQKConfig(rank=8, page_size=16, top_k=20, recent_tokens=5, sink_tokens=3)
+CONFIG = LRQKSettings(rank=8, page_size=16, top_k=20, recent_tokens=5, sink_tokens=3)
 LENGTHS = [1, 15, 33, 63, 100, 211]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -28,9 +28,9 @@ def run(batch: Batch, selection: Selection, splits: int = 3, parts: int | None =
     memory = triton_parts.allocate_parts(requests, kv_heads, parts or splits, heads // kv_heads, d, torch.device("cpu"))
     for tensor in (memory.output, memory.highest, memory.sums):
         tensor.fill_(torch.nan)
-    address = host_addresses(selection.rows, batch.block_table, batch.host)
+    address = host_addresses(selection.positions, batch.block_table, batch.host)
     output = torch.full_like(batch.query, torch.nan)
-    arguments = (selection.residual, batch.factors, batch.block_table, selection.residual_factor)
+    arguments = (selection.residual, batch.factors, batch.block_table, selection.moment)
     if parts is None:
         triton_attend.attend_rows(batch.query, batch.host, address, batch.scale, memory, 0, splits, *arguments)
     else:  # every other row comes later
@@ -43,15 +43,15 @@ def run(batch: Batch, selection: Selection, splits: int = 3, parts: int | None =
 
 
 def expected(batch: Batch, selection: Selection) -> torch.Tensor:
-    rows_kv = gather_rows(batch.host, batch.block_table, selection.rows)
+    rows_kv = gather_rows(batch.host, batch.block_table, selection.positions)
     return attend_selection(batch.query, rows_kv, selection, batch.factors, batch.block_table, batch.scale)
 
 
-def selection_of(batch: Batch, config: LRQKConfig) -> Selection:
+def selection_of(batch: Batch, config: LRQKSettings) -> Selection:
     return select(batch.query, batch.factors, batch.block_table, batch.seq_lens, batch.scale, config)
 
 
-def check(batch: Batch, config: LRQKConfig, **how: int) -> None:
+def check(batch: Batch, config: LRQKSettings, **how: int) -> None:
     selection = selection_of(batch, config)
     right = expected(batch, selection)
     error = (run(batch, selection, **how).float() - right).norm() / right.norm()
@@ -100,7 +100,7 @@ def test_request_without_rows_gets_zeros(residual: str) -> None:
     batch = make_batch(LENGTHS, config)
     selection = selection_of(batch, config)
     assert selection.residual is not None
-    selection.rows[2], selection.residual[2] = -1, -torch.inf
+    selection.positions[2], selection.residual[2] = -1, -torch.inf
     output = run(batch, selection)
     assert (output[2] == 0).all()
     torch.testing.assert_close(output[3:], expected(batch, selection)[3:], rtol=1e-4, atol=1e-5)

@@ -6,13 +6,13 @@ from vllm_lrqk.evaluation.attention.qkv import QKV
 from vllm_lrqk.methods.aqua.attention import append, decode_attention
 from vllm_lrqk.methods.aqua.basis import make_basis
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks
-from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.aqua.settings import AquaSettings
 
 UNWRITTEN = 0xFF
 """Byte that is NaN in every floating-point type."""
 
 
-def aqua_decode(qkv: QKV, steps: int, config: AquaConfig) -> tuple[torch.Tensor, int]:
+def aqua_decode(qkv: QKV, steps: int, config: AquaSettings) -> tuple[torch.Tensor, int]:
     """The first decode steps in the plain torch form: outputs float32 [T, H, d], and the bytes of all blocks."""
     prompt, total = qkv.prompt_tokens, qkv.prompt_tokens + steps
     _, kv_heads, d = qkv.key.shape

@@ -5,7 +5,7 @@ the rows (a key and a value each) that recent steps used:
 
     device bytes = index + hot rows x KV heads x row bytes          row bytes = 2 d x item bytes
 
-The hot cache has a quarter more rows than one step attends, as `LRQKConfig.num_hot_rows`; what remains of the budget
+The hot cache has a quarter more rows than one step attends, as `LRQKSettings.num_hot_rows`; what remains of the budget
 after the index so gives the rows of a step, and they less those that are always attended give top_k. Bytes are those
 at the end of the run. Bookkeeping of some bytes per row or page is left out for all methods. Not so:
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from vllm_lrqk.evaluation.attention.qkv import QKV
 from vllm_lrqk.methods.lrqk.format import PageFormat
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 QUEST_PAGE = 16
 PUBLISHED_RANKS = (32, 16, 8, 4)
@@ -94,7 +94,7 @@ def _plan(shape: Shape, budget: int, index_bytes: int, always: int, rank: int | 
 
 def plan_linear(shape: Shape, budget: int, settings: Settings) -> Plan | None:
     """As `plan_pages`, for factor pages with linear values."""
-    return plan_pages(shape, budget, settings, LRQKConfig(rank=settings.rank, residual="linear").num_value_ranks)
+    return plan_pages(shape, budget, settings, LRQKSettings(rank=settings.rank, residual="linear").num_value_ranks)
 
 
 def plan_pages(shape: Shape, budget: int, settings: Settings, value_rank: int = 0) -> Plan | None:

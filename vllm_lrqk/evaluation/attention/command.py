@@ -20,7 +20,7 @@ from vllm_lrqk.evaluation.attention.measures import Result, evaluate
 from vllm_lrqk.evaluation.attention.methods import METHODS
 from vllm_lrqk.evaluation.attention.sources import Source, load_source
 from vllm_lrqk.evaluation.errors import EvaluationError
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 DEFAULTS = Settings()
 
@@ -51,7 +51,7 @@ def _check(arguments: argparse.Namespace) -> Settings:
     for budget in arguments.budgets:
         if not 0 < budget <= 1:
             raise EvaluationError(f"--budgets has {budget:g}, but must be shares above 0 and up to 1.")
-    config = LRQKConfig(rank=arguments.rank, page_size=arguments.page_size)
+    config = LRQKSettings(rank=arguments.rank, page_size=arguments.page_size)
     return Settings(config.rank, config.page_size, config.sink_tokens, config.recent_tokens)
 
 

@@ -21,7 +21,7 @@ from vllm_lrqk.methods.lrqk.decode import attend_selection
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.seal import query_grams, seal_pages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 UNWRITTEN = 0xFF
 """Byte that fills factor pages before they are sealed: NaN in every floating-point type."""
@@ -50,7 +50,7 @@ class PagedLayer:
         num_tokens: the most tokens that the request will have.
     """
 
-    def __init__(self, qkv: QKV, num_tokens: int, config: LRQKConfig) -> None:
+    def __init__(self, qkv: QKV, num_tokens: int, config: LRQKSettings) -> None:
         _, kv_heads, d = qkv.key.shape
         page_format = PageFormat.from_config(config, d)
         num_pages = -(-num_tokens // config.page_size)
@@ -87,9 +87,9 @@ class PagedLayer:
         query, table = query[None], self.pages[None]
         length = torch.tensor([self.num_tokens])
         selection = select(query, self.factors, table, length, self.scale, self.config)
-        rows_kv = gather_rows(self.host, table, selection.rows)
-        self.rows_attended.append(float((selection.rows >= 0).sum(-1).float().mean()))
-        return attend_selection(query, rows_kv, selection, self.factors, table, self.scale)[0], selection.rows[0]
+        rows_kv = gather_rows(self.host, table, selection.positions)
+        self.rows_attended.append(float((selection.positions >= 0).sum(-1).float().mean()))
+        return attend_selection(query, rows_kv, selection, self.factors, table, self.scale)[0], selection.positions[0]
 
     def device_bytes(self) -> int:
         """Bytes on the GPU with the hot cache on: factor pages, the open one included, and all hot rows."""
@@ -102,7 +102,7 @@ class PagedLayer:
 class CalibratedLayer(PagedLayer):
     """The same with calibrated factors."""
 
-    def __init__(self, qkv: QKV, num_tokens: int, config: LRQKConfig, basis: CalibratedBasis, has_value_map: bool):
+    def __init__(self, qkv: QKV, num_tokens: int, config: LRQKSettings, basis: CalibratedBasis, has_value_map: bool):
         super().__init__(qkv, num_tokens, config)
         rank = basis.query.shape[-1]
         form = CalibratedFormat(config.page_size, qkv.key.shape[-1], rank // 2, rank - rank // 2, has_value_map)
@@ -123,7 +123,7 @@ def calibrated_on_prompt(qkv: QKV, rotary: RotaryTable, rank: int, page_size: in
 
 
 def paged_decode(
-    qkv: QKV, steps: int, config: LRQKConfig, first_chunk: int | None = None, layer: PagedLayer | None = None
+    qkv: QKV, steps: int, config: LRQKSettings, first_chunk: int | None = None, layer: PagedLayer | None = None
 ) -> tuple[torch.Tensor, PagedLayer]:
     """The prompt, then decode steps that append their token: outputs float32 [T, H, d] and the layer.
 

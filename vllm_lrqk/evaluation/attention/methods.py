@@ -15,7 +15,7 @@ from vllm_lrqk.evaluation.attention.decoding import PagedLayer
 from vllm_lrqk.evaluation.attention.exact import ExactStep
 from vllm_lrqk.evaluation.attention.qkv import QKV
 from vllm_lrqk.evaluation.reference.published_attention import PublishedAttention, PublishedSettings
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
 @dataclass
@@ -55,7 +55,7 @@ def heaviest_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
 
 def page_local(qkv: QKV, plan: Plan, settings: Settings, residual: str, factorization: str) -> Step:
     """LRQK as this package serves it, in its plain torch form."""
-    config = LRQKConfig(
+    config = LRQKSettings(
         rank=settings.rank,
         page_size=settings.page_size,
         top_k=plan.top_k,

@@ -9,7 +9,7 @@ import torch
 from vllm_lrqk.core.prefill import TILE_TOKENS, _flash, merge
 from vllm_lrqk.methods.aqua.basis import Basis
 from vllm_lrqk.methods.aqua.format import Blocks
-from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.aqua.settings import AquaSettings
 
 
 def append(key: torch.Tensor, value: torch.Tensor, blocks: Blocks, basis: Basis, slot_mapping: torch.Tensor) -> None:
@@ -58,7 +58,7 @@ def decode_attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
-    config: AquaConfig,
+    config: AquaSettings,
     output: torch.Tensor,
 ) -> None:
     """Attend with one query token per request; its own key and value are in the blocks already.

@@ -7,7 +7,7 @@ import torch
 from vllm_lrqk.methods.aqua.basis import Basis
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks
 from vllm_lrqk.methods.aqua.kernels import TORCH, Kernels
-from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.aqua.settings import AquaSettings
 from vllm_lrqk.methods.lrqk.cpu import _DTYPES, _VECTOR_ELEMENTS, INSTRUCTION_SETS, _int32, instruction_sets
 
 _MAX_STORED = 512
@@ -79,7 +79,7 @@ def _decode_attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
-    config: AquaConfig,
+    config: AquaSettings,
     output: torch.Tensor,
 ) -> None:
     index = _pick(names, blocks.format)

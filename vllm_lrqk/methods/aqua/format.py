@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.aqua.settings import AquaSettings
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class BlockFormat:
     value_dtype: torch.dtype
 
     @classmethod
-    def from_config(cls, config: AquaConfig, block_size: int, head_size: int, dtype: torch.dtype) -> "BlockFormat":
+    def from_config(cls, config: AquaSettings, block_size: int, head_size: int, dtype: torch.dtype) -> "BlockFormat":
         """The format of a layer of a model in `dtype`."""
         key_dtype = torch.int8 if config.key_dtype == "int8" else dtype
         return cls(block_size, head_size, config.num_stored(head_size), key_dtype, dtype)

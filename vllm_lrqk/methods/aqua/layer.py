@@ -7,7 +7,7 @@ from vllm_lrqk.core.step import PrefillChunk, Step
 from vllm_lrqk.methods.aqua.basis import Basis
 from vllm_lrqk.methods.aqua.format import Blocks
 from vllm_lrqk.methods.aqua.kernels import Kernels
-from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.aqua.settings import AquaSettings
 
 
 class AquaLayer(Layer):
@@ -17,7 +17,7 @@ class AquaLayer(Layer):
         scale: factor of the attention scores.
     """
 
-    def __init__(self, blocks: Blocks, basis: Basis, scale: float, config: AquaConfig, kernels: Kernels) -> None:
+    def __init__(self, blocks: Blocks, basis: Basis, scale: float, config: AquaSettings, kernels: Kernels) -> None:
         self.blocks = blocks
         self.basis = basis
         self.scale = scale

@@ -13,16 +13,16 @@ from vllm_lrqk.methods.aqua import cpu
 from vllm_lrqk.methods.aqua.basis import make_basis
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks
 from vllm_lrqk.methods.aqua.layer import AquaLayer
-from vllm_lrqk.methods.aqua.settings import AquaConfig
+from vllm_lrqk.methods.aqua.settings import AquaSettings
 
 
 class Aqua(Method):
     """All keys and values on the device; decode steps score with the dimensions that matter to their queries."""
 
     name = "AQUA"
-    settings_type = AquaConfig
+    settings_type = AquaSettings
     block_size_setting = "aqua.block_size"
-    settings: AquaConfig
+    settings: AquaSettings
 
     def check(self, model: ModelFacts) -> None:
         if self.device_type != "cpu":

@@ -11,7 +11,7 @@ DIMENSION_STEP = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class AquaConfig(Settings):
+class AquaSettings(Settings):
     """Settings of AQUA attention, given to vLLM as `additional_config={"aqua": {...}}`.
 
     Raises:

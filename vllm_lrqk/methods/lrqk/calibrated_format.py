@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_lrqk.methods.lrqk.calibrated_basis import CalibratedBasis
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 ALIGNMENT = 64
 
@@ -60,7 +60,7 @@ class CalibratedFormat:
     has_value_map: bool = True
 
     @classmethod
-    def from_config(cls, config: LRQKConfig, head_size: int) -> "CalibratedFormat":
+    def from_config(cls, config: LRQKSettings, head_size: int) -> "CalibratedFormat":
         """The format of a layer with this head size."""
         return cls(config.page_size, head_size, config.rank, config.rank, config.value_map == "page")
 
@@ -139,7 +139,7 @@ class CalibratedPages:
             -1, (f.trailing_rank // 8, f.page_size, 4)
         )
         """uint8 [num_pages, kv_heads, (r - l) / 8, page_size, 4]"""
-        self.scale = view(f.scale_offset, f.rank, torch.bfloat16)
+        self.projection_scale = view(f.scale_offset, f.rank, torch.bfloat16)
         """bfloat16 [num_pages, kv_heads, rank]"""
         self.value_mean = view(f.value_mean_offset, f.head_size, torch.bfloat16)
         """bfloat16 [num_pages, kv_heads, head_size]"""
@@ -180,4 +180,4 @@ class CalibratedPages:
         """What a step of each column of A adds to a value: float32 [*pages.shape, kv_heads, rank, head_size]."""
         if self.format.has_value_map:
             return self.value_projection(pages).float() * self.value_scale[pages].float()[..., None]
-        return self.basis.value * self.scale[pages].float()[..., None]
+        return self.basis.value * self.projection_scale[pages].float()[..., None]

@@ -13,10 +13,10 @@ from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.calibrated_seal import seal_pages
 from vllm_lrqk.methods.lrqk.kernels import Kernels
 from vllm_lrqk.methods.lrqk.layer import LRQKLayer
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
-def check_calibration(file: CalibrationFile, config: LRQKConfig, model: ModelFacts) -> None:
+def check_calibration(file: CalibrationFile, config: LRQKSettings, model: ModelFacts) -> None:
     """Raise ConfigError for a file whose page frames do not serve these settings."""
     path = f"lrqk.calibration is {config.calibration!r}"
     if file.frames is None:

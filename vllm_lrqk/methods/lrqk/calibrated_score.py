@@ -24,6 +24,6 @@ def calibrated_scores(
     numbers = torch.arange(pages.shape[1], device=pages.device)
     framed = factors.basis.frames.rotate(query.float()[:, :, None] * scale, numbers, backwards=True)  # [B, H, P, d]
     projected = framed.unflatten(1, (kv_heads, -1)).transpose(2, 3) @ factors.basis.query[:, None]  # [B, KV, P, G, r]
-    projected = projected * factors.scale[pages].transpose(1, 2)[:, :, :, None].float()
+    projected = projected * factors.projection_scale[pages].transpose(1, 2)[:, :, :, None].float()
     scores = projected @ factors.key_factor(pages).transpose(1, 2).float().mT  # [B, KV, P, G, N]
     return scores.transpose(2, 3).flatten(1, 2)

@@ -28,7 +28,7 @@ def seal_pages(
     framed = basis.frames.rotate(key, page_numbers[:, None, None], backwards=True)
     key_factor, scale = _quantize(framed @ basis.key, f.leading_rank)
     factors.write_key_factor(pages, key_factor)
-    factors.scale[pages] = scale
+    factors.projection_scale[pages] = scale
     factors.value_mean[pages] = value.mean(-2).to(torch.bfloat16)
     mean, value_map = value_regression(key_factor.float(), value)  # [M, KV, r], [M, KV, d, r]
     factors.key_factor_mean[pages] = mean.to(torch.float16)

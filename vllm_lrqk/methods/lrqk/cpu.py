@@ -11,7 +11,7 @@ from vllm_lrqk.methods.lrqk import torch_ops
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.kernels import Kernels
 from vllm_lrqk.methods.lrqk.seal import QUERY_SHARE
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 from vllm_lrqk.methods.lrqk.values import RIDGE, VALUE_ITERATIONS, VALUE_SHIFT
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def _seal_pages(
     host: torch.Tensor,
     factors: FactorPages,
     gram_q: torch.Tensor | None,
-    config: LRQKConfig,
+    config: LRQKSettings,
 ) -> None:
     index = _pick(names, host.shape[-1])
     if index is None or host.dtype not in _DTYPES or config.factorization != "lrqk":
@@ -149,7 +149,7 @@ def _decode_attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
-    config: LRQKConfig,
+    config: LRQKSettings,
     output: torch.Tensor,
 ) -> torch.Tensor:
     index = _pick(names, query.shape[-1])
@@ -183,7 +183,7 @@ def _select(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
-    config: LRQKConfig,
+    config: LRQKSettings,
 ) -> Selection:
     index = _pick(names, query.shape[-1])
     if index is None or query.dtype not in _DTYPES:

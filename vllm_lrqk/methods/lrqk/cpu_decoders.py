@@ -7,7 +7,7 @@ from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.decode import attend_selection
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.kernels import Kernels
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 TALLIES = ("rows_hit", "rows_missed", "rows_read_in_place")
 
@@ -26,7 +26,7 @@ class InPlaceDecoder:
         host: torch.Tensor,
         kernels: Kernels,
         scale: float,
-        config: LRQKConfig,
+        config: LRQKSettings,
         tallies: torch.Tensor,
     ) -> None:
         self.factors, self.host, self.kernels = factors, host, kernels
@@ -64,7 +64,7 @@ class HotDecoder(InPlaceDecoder):
         hot: HotCache,
         kernels: Kernels,
         scale: float,
-        config: LRQKConfig,
+        config: LRQKSettings,
         tallies: torch.Tensor,
     ) -> None:
         super().__init__(factors, host, kernels, scale, config, tallies)
@@ -88,7 +88,7 @@ class HotDecoder(InPlaceDecoder):
     ) -> None:
         assert hot_blocks is not None
         selection = self.kernels.select(query, self.factors, block_table, seq_lens, self.scale, self.config)
-        rows, fetch = self.hot.resolve(selection.rows, self.host, block_table, hot_blocks, seq_lens, self.clock)
+        rows, fetch = self.hot.resolve(selection.positions, self.host, block_table, hot_blocks, seq_lens, self.clock)
         output.copy_(attend_selection(query, rows, selection, self.factors, block_table, self.scale))
         self.tallies[0] += fetch.hits
         self.tallies[1] += fetch.misses

@@ -12,7 +12,7 @@ from vllm_lrqk.devices import cuda_library, cuda_prefill
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.kernels import PageKernels
 from vllm_lrqk.methods.lrqk.seal import seal_rows
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 SEAL_PAGES = 16
 """Pages that are sealed at once; their rows are copied to the device first."""
@@ -33,7 +33,7 @@ def _seal_pages(
     host: torch.Tensor,
     factors: FactorPages,
     gram_q: torch.Tensor | None,
-    config: LRQKConfig,
+    config: LRQKSettings,
 ) -> None:
     device = factors.raw.device
     for start in range(0, len(pages), SEAL_PAGES):

@@ -20,7 +20,7 @@ from vllm_lrqk.devices.cuda_library import multiprocessors
 from vllm_lrqk.methods.lrqk import triton_attend
 from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
 class DecodePath:
@@ -39,7 +39,7 @@ class DecodePath:
         kv_heads: int,
         hot_format: HotFormat,
         hot_blocks_per_request: int,
-        config: LRQKConfig,
+        config: LRQKSettings,
         device: torch.device,
     ) -> None:
         self.config = config
@@ -108,11 +108,11 @@ class DecodePath:
         """
         selection = self.workspace.select(query, factors, block_table, seq_lens, scale)
         resolved = self.resolved.first(len(query))
-        hot.resolve(selection.rows, block_table, seq_lens, hot_blocks, self.config.page_size, resolved)
+        hot.resolve(selection.positions, block_table, seq_lens, hot_blocks, self.config.page_size, resolved)
         self._fetch(hot, host, key, value, resolved)
         splits = self._splits(len(query))
         parts = self._parts.cut(len(query) * self.kv_heads, 2 * splits)
-        left = (selection.residual, factors, block_table, selection.residual_factor)
+        left = (selection.residual, factors, block_table, selection.moment)
         triton_attend.attend_rows(query, hot.rows, resolved.address, scale, parts, 0, splits, *left)
         if self.copy_stream is not None:
             torch.cuda.current_stream(query.device).wait_stream(self.copy_stream)
@@ -160,7 +160,7 @@ def requests_at_once(
     heads: int,
     kv_heads: int,
     hot_slots: int,
-    config: LRQKConfig,
+    config: LRQKSettings,
     memory_bytes: int = STEP_MEMORY_BYTES,
 ) -> int:
     """How many requests one `DecodePath` should serve at a time, so that its memory stays within `memory_bytes`.

@@ -9,14 +9,14 @@ from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.devices.cuda_library import stream_handle
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 MAX_RANK = 64
 MAX_HEAD_SIZE = 256
 MAX_TOKENS = 1 << 22
 
 
-def check_config(config: LRQKConfig) -> None:
+def check_config(config: LRQKSettings) -> None:
     """Raise ConfigError where the CUDA kernels do not serve a setting."""
     if config.top_p < 1:
         raise ConfigError(f"lrqk.top_p is {config.top_p:g}, but the CUDA kernels have no adaptive budget: set it to 1.")
@@ -38,7 +38,7 @@ class SelectWorkspace:
         max_pages: int,
         heads: int,
         kv_heads: int,
-        config: LRQKConfig,
+        config: LRQKSettings,
         device: torch.device,
     ) -> None:
         check_config(config)

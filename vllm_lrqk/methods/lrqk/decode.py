@@ -7,7 +7,7 @@ from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.score import select
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 from vllm_lrqk.methods.lrqk.values import residual_values
 
 
@@ -18,7 +18,7 @@ def decode_attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
-    config: LRQKConfig,
+    config: LRQKSettings,
     output: torch.Tensor,
 ) -> torch.Tensor:
     """Select and attend for one query token per request; its own key and value are already in the host pages.
@@ -33,9 +33,9 @@ def decode_attention(
         int64 [B], the number of rows attended exactly, summed over KV heads.
     """
     selection = select(query, factors, block_table, seq_lens, scale, config)
-    rows_kv = gather_rows(host, block_table, selection.rows)
+    rows_kv = gather_rows(host, block_table, selection.positions)
     output.copy_(attend_selection(query, rows_kv, selection, factors, block_table, scale))
-    return (selection.rows >= 0).sum((1, 2))
+    return (selection.positions >= 0).sum((1, 2))
 
 
 def attend_selection(
@@ -50,7 +50,7 @@ def attend_selection(
 
     Args:
         query: [B, H, d].
-        rows_kv: [B, KV, R, 2, d], keys and values of `selection.rows`.
+        rows_kv: [B, KV, R, 2, d], keys and values of `selection.positions`.
         block_table: int [B, P].
     """
     left = None

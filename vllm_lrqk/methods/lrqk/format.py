@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 ALIGNMENT = 64
 
@@ -49,7 +49,7 @@ class PageFormat:
     """Leading columns of the key factor that values are estimated from; 0: the mean value alone."""
 
     @classmethod
-    def from_config(cls, config: LRQKConfig, head_size: int) -> "PageFormat":
+    def from_config(cls, config: LRQKSettings, head_size: int) -> "PageFormat":
         """The format of a layer with this head size."""
         dtype = getattr(torch, config.factor_dtype)
         return cls(config.page_size, head_size, config.rank, dtype, config.num_value_ranks)
@@ -136,7 +136,7 @@ class FactorPages:
             -1, (f.rank, f.head_size)
         )
         """[num_pages, kv_heads, rank, head_size]"""
-        self.scale = view(f.projection_scale_offset, f.rank, torch.float32)
+        self.projection_scale = view(f.projection_scale_offset, f.rank, torch.float32)
         """float32 [num_pages, kv_heads, rank]"""
         self.value_mean = view(f.value_mean_offset, f.head_size, torch.bfloat16)
         """bfloat16 [num_pages, kv_heads, head_size]"""

@@ -11,7 +11,7 @@ from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.kernels import PageKernels
 from vllm_lrqk.methods.lrqk.seal import query_grams
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
 class Decoder(Protocol):
@@ -51,7 +51,7 @@ class LRQKLayer(Layer):
         decoder: Decoder,
         kernels: PageKernels,
         scale: float,
-        config: LRQKConfig,
+        config: LRQKSettings,
         counters: Counters,
     ) -> None:
         self.factors = factors

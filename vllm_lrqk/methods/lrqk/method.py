@@ -21,17 +21,17 @@ from vllm_lrqk.methods.lrqk.cuda_select import MAX_HEAD_SIZE, MAX_RANK, MAX_TOKE
 from vllm_lrqk.methods.lrqk.dispatch import host_kernels
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.layer import Decoder, LRQKLayer
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
 class LRQK(Method):
     """Low-rank factors score all tokens; rows of the best ones come from CPU memory."""
 
     name = "LRQK"
-    settings_type = LRQKConfig
+    settings_type = LRQKSettings
     block_size_setting = "lrqk.page_size"
     tallies: ClassVar[tuple[str, ...]] = TALLIES
-    settings: LRQKConfig
+    settings: LRQKSettings
 
     @property
     def host_memory_gib(self) -> float | None:

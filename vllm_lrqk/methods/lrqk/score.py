@@ -9,7 +9,7 @@ from vllm_lrqk.core.selection import Selection, always_rows, candidate_range, he
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.calibrated_score import calibrated_scores
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 Factors = FactorPages | CalibratedPages
 
@@ -30,7 +30,7 @@ def proxy_scores(query: torch.Tensor, factors: Factors, block_table: torch.Tenso
     pages = block_table.long()
     grouped = query.float().unflatten(1, (kv_heads, -1)) * scale  # [B, KV, G, d]
     projected = torch.einsum("bkgd,bpkrd->bpkgr", grouped, factors.projection[pages].float())
-    projected = projected * factors.scale[pages][:, :, :, None, :]
+    projected = projected * factors.projection_scale[pages][:, :, :, None, :]
     scores = projected @ factors.key_factor(pages).float().mT  # [B, P, KV, G, N]
     return scores.permute(0, 2, 3, 1, 4).flatten(1, 2)
 
@@ -41,7 +41,7 @@ def select(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
-    config: LRQKConfig,
+    config: LRQKSettings,
 ) -> Selection:
     """Choose the rows of one decode step; `seq_lens` [B] counts the current token.
 
@@ -65,18 +65,18 @@ def select(
     group = scores.shape[1] // kv_heads
     tokens, is_selected = heaviest(weight, group, config)
     rows = torch.where(is_selected, tokens, -1)
-    residual = residual_factor = None
+    residual = moment = None
     if config.residual != "none":
         chosen = torch.zeros_like(weight, dtype=torch.bool).scatter_(-1, tokens, is_selected)
         left = scores.masked_fill(chosen.repeat_interleave(group, 1), -torch.inf).unflatten(-1, (num_pages, n))
         residual = left.logsumexp(-1)
         if config.residual == "linear":
-            residual_factor = mean_factors(left, residual, factors, block_table[:, :num_pages].long())
-    return Selection(torch.cat([rows, always], -1).int(), residual, residual_factor)
+            moment = moments(left, residual, factors, block_table[:, :num_pages].long())
+    return Selection(torch.cat([rows, always], -1).int(), residual, moment)
 
 
-def mean_factors(left: torch.Tensor, residual: torch.Tensor, factors: Factors, pages: torch.Tensor) -> torch.Tensor:
-    """`Selection.residual_factor`.
+def moments(left: torch.Tensor, residual: torch.Tensor, factors: Factors, pages: torch.Tensor) -> torch.Tensor:
+    """`Selection.moment`.
 
     Args:
         left: float32 [B, H, P, N], scores of the unselected candidates, -inf elsewhere.

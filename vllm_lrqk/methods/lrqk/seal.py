@@ -8,7 +8,7 @@ G_Q = Q'Q and G_K = K'K. The proxy score of token n for query q is (q X) . (K Y)
 import torch
 
 from vllm_lrqk.methods.lrqk.format import FactorPages
-from vllm_lrqk.methods.lrqk.settings import LRQKConfig
+from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 from vllm_lrqk.methods.lrqk.values import solve_right, value_regression, values_first
 
 QUERY_SHARE = 0.5
@@ -78,7 +78,7 @@ def _quantize_columns(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.T
 
 
 def seal_pages(
-    pages: torch.Tensor, host: torch.Tensor, factors: FactorPages, gram_q: torch.Tensor | None, config: LRQKConfig
+    pages: torch.Tensor, host: torch.Tensor, factors: FactorPages, gram_q: torch.Tensor | None, config: LRQKSettings
 ) -> None:
     """Factorise full pages and write their factor pages.
 
@@ -91,7 +91,7 @@ def seal_pages(
 
 
 def seal_rows(
-    pages: torch.Tensor, rows: torch.Tensor, factors: FactorPages, gram_q: torch.Tensor | None, config: LRQKConfig
+    pages: torch.Tensor, rows: torch.Tensor, factors: FactorPages, gram_q: torch.Tensor | None, config: LRQKSettings
 ) -> None:
     """As `seal_pages`, from the pages' own rows [M, kv_heads, N, 2, d]."""
     f = factors.format
@@ -113,7 +113,7 @@ def seal_rows(
     words = key_factor.unflatten(-1, (f.rank // f.word_elements, f.word_elements)).transpose(-3, -2)
     factors.key_factor_words[pages] = words
     factors.projection[pages] = projection.mT
-    factors.scale[pages] = key_scale * projection_scale
+    factors.projection_scale[pages] = key_scale * projection_scale
     factors.value_mean[pages] = value.mean(-2).to(torch.bfloat16)
     if f.value_rank:
         key_factor_mean, value_projection = value_regression(key_factor[..., : f.value_rank].float(), value)

@@ -9,7 +9,7 @@ PAGE_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LRQKConfig(Settings):
+class LRQKSettings(Settings):
     """Settings of LRQK attention, given to vLLM as `additional_config={"lrqk": {...}}`.
 
     Raises:

@@ -28,7 +28,7 @@ def _attend_kernel(
     base,  # rows at `address`
     address,  # int64 [B, KV, R], bytes from base, multiples of 16; negative: no row
     residual,  # float32 [B, H, P]
-    residual_factor,  # float32 [B, H, P, v]
+    moment,  # float32 [B, H, P, v]
     value_mean,  # bfloat16 [num_pages, KV, d]
     value_projection,  # int8 or bfloat16 [num_pages, KV, v, d]
     value_scale,  # float32 [num_pages, KV, v]
@@ -119,7 +119,7 @@ def _attend_kernel(
                     first_head = (request * KV_HEADS + kv_head) * GROUP
                     output += linear_values(
                         residual + first_head * pages,
-                        residual_factor + first_head * pages * VALUE_RANK,
+                        moment + first_head * pages * VALUE_RANK,
                         value_projection + kv_head * projection_head_stride,
                         value_scale + kv_head * column_head_stride,
                         key_factor_mean + kv_head * column_head_stride,
@@ -162,7 +162,7 @@ def attend_rows(
     residual: torch.Tensor | None = None,
     factors: FactorPages | None = None,
     block_table: torch.Tensor | None = None,
-    residual_factor: torch.Tensor | None = None,
+    moment: torch.Tensor | None = None,
 ) -> None:
     """Attend to rows and, if given, to the residual of pages; fills `splits` parts from `first_part` on.
 
@@ -171,7 +171,7 @@ def attend_rows(
         base: memory of the rows, whose first element has address 0; the row's elements are of its dtype.
         address: int64 [B, KV, R], bytes, multiples of 16; a row is its key followed by its value; negative: no row.
         residual: float32 [B, H, P], see `Selection`; needs factors and block_table int32 [B, P].
-        residual_factor: float32 [B, H, P, v], see `Selection`; needs residual, and factors with linear values.
+        moment: float32 [B, H, P, v], see `Selection`; needs residual, and factors with linear values.
     """
     requests, heads, head_size = query.shape
     kv_heads, capacity = address.shape[1:]
@@ -185,7 +185,7 @@ def attend_rows(
     factor_dot = tl.bfloat16 if dot == tl.float16 else dot
     mean = factors.value_mean if factors is not None and has_residual else query
     projection = scale_of_column = mean_of_column = query
-    if factors is not None and has_residual and residual_factor is not None:
+    if factors is not None and has_residual and moment is not None:
         projection = factors.value_projection
         scale_of_column, mean_of_column = factors.value_scale, factors.key_factor_mean
     _attend_kernel[(requests * kv_heads, splits)](
@@ -193,7 +193,7 @@ def attend_rows(
         base,
         address,
         residual if has_residual else query,
-        residual_factor if residual_factor is not None else query,
+        moment if moment is not None else query,
         mean,
         projection,
         scale_of_column,
@@ -214,7 +214,7 @@ def attend_rows(
         parts.output.shape[1],
         first_part,
         HAS_RESIDUAL=has_residual,
-        VALUE_RANK=residual_factor.shape[3] if residual_factor is not None else 0,
+        VALUE_RANK=moment.shape[3] if moment is not None else 0,
         KV_HEADS=kv_heads,
         GROUP=group,
         GROUP_BLOCK=max(16, triton.next_power_of_2(group)),

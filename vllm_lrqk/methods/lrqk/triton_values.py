@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def linear_values(
     residual,  # float32 [P] of a request's first query head
-    residual_factor,  # float32 [P, v] of a request's first query head
+    moment,  # float32 [P, v] of a request's first query head
     value_projection,  # int8 or bfloat16 [num_pages, v, d], of one KV head
     value_scale,  # float32 [num_pages, v]
     key_factor_mean,  # float32 [num_pages, v]
@@ -45,7 +45,7 @@ def linear_values(
         mean = tl.load(key_factor_mean + column_at, mask=is_page, other=0.0)
         scale = tl.load(value_scale + column_at, mask=is_page, other=0.0)
         factor_at = g[:, None] * pages * COLUMNS + place[None, :]
-        factor = tl.load(residual_factor + factor_at, mask=is_asked & is_page[None, :], other=0.0)
+        factor = tl.load(moment + factor_at, mask=is_asked & is_page[None, :], other=0.0)
         weight = tl.exp2(left - shift[:, None]) * (factor - mean[None, :]) * scale[None, :]
         w_at = (index * projection_page_stride + j * HEAD_SIZE)[:, None] + column[None, :]
         w = tl.load(value_projection + w_at, mask=is_page[:, None] & is_column[None, :], other=0).to(DOT)

@@ -89,8 +89,8 @@ def residual_values(selection: Selection, factors: FactorPages | CalibratedPages
     kv_heads = factors.raw.shape[1]
     residual = selection.residual.unflatten(1, (kv_heads, -1))
     value = factors.value_mean[pages].transpose(1, 2).float()[:, :, None]  # [B, KV, 1, P, d]
-    if selection.residual_factor is not None:
-        offset = selection.residual_factor.unflatten(1, (kv_heads, -1))
+    if selection.moment is not None:
+        offset = selection.moment.unflatten(1, (kv_heads, -1))
         offset = (
             offset - factors.key_factor_mean[pages].transpose(1, 2)[:, :, None].float()
         )  # [B, KV, G, P, value_rank]
