@@ -87,11 +87,14 @@ def test_context_tiles_equal_naive(tile_tokens, monkeypatch):
 def test_context_is_read_in_tiles(monkeypatch):
     """A 128-token context in tiles of 48 takes three parts besides the chunk's own."""
     lengths = []
-    flash = prefill._flash
+    flash = prefill.flash_attention
     monkeypatch.setattr(prefill, "TILE_TOKENS", 48)
-    monkeypatch.setattr(
-        prefill, "_flash", lambda q, k, v, *rest, **named: lengths.append(k.shape[1]) or flash(q, k, v, *rest, **named)
-    )
+
+    def noted(query, key, *rest, **named):
+        lengths.append(key.shape[1])
+        return flash(query, key, *rest, **named)
+
+    monkeypatch.setattr(prefill, "flash_attention", noted)
     query, key, value = inputs(4, 2, 64, torch.float32)
     chunked(query, key, value, [128, TOKENS])
     assert lengths == [128, 3, 48, 48, 32]

@@ -44,12 +44,12 @@ def plain(model: Any) -> Iterator[Any]:
 @pytest.fixture
 def on_emulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_lrqk import devices
-    from vllm_lrqk.core.prefill import _flash
+    from vllm_lrqk.core.prefill import flash_attention
     from vllm_lrqk.devices import cuda_prefill
 
     operators = emulated_operators()
     monkeypatch.setattr(devices, "cuda_operators", lambda device: operators)
-    monkeypatch.setattr(cuda_prefill, "default_attention", lambda: _flash)
+    monkeypatch.setattr(cuda_prefill, "default_attention", lambda: flash_attention)
 
 
 def test_same_tokens_and_counts(model: Any, plain: Any, on_emulated_device: None) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_lrqk.methods.lrqk import cpu
+from vllm_lrqk.devices import cpu
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.seal import seal_pages
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings

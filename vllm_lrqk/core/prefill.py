@@ -30,7 +30,7 @@ def prefill_attention(
     group = heads // kv_heads
     chunk_key = key.transpose(0, 1).repeat_interleave(group, 0)
     chunk_value = value.transpose(0, 1).repeat_interleave(group, 0)
-    total, log_sum = _flash(query.transpose(0, 1), chunk_key, chunk_value, scale, causal=True)
+    total, log_sum = flash_attention(query.transpose(0, 1), chunk_key, chunk_value, scale, causal=True)
     # History needs no mask, so the query heads of one KV head become rows of one problem.
     rows = query.transpose(0, 1).reshape(kv_heads, group * tokens, -1)
     total, log_sum = total.reshape(rows.shape), log_sum.reshape(rows.shape[:2])
@@ -38,7 +38,7 @@ def prefill_attention(
         length = min(TILE_TOKENS, context_len - start)
         tile = host[pages[start // page_size : -(-(start + length) // page_size)].long()]
         tile = tile.transpose(0, 1).flatten(1, 2)[:, :length]  # [KV, length, 2, d]
-        part, part_log_sum = _flash(rows, tile[:, :, 0], tile[:, :, 1], scale, causal=False)
+        part, part_log_sum = flash_attention(rows, tile[:, :, 0], tile[:, :, 1], scale, causal=False)
         total, log_sum = merge(total, log_sum, part, part_log_sum)
     output.copy_(total.reshape(heads, tokens, -1).transpose(0, 1))
 
@@ -52,7 +52,7 @@ def merge(
     return a * weight_a[..., None] + b * weight_b[..., None], log_sum
 
 
-def _flash(
+def flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 attention [heads, T, d] and log-sum-exp [heads, T]; one head of keys per head of queries."""

@@ -14,7 +14,7 @@ interpreted_kernels("methods.lrqk.triton_attend")
 from served_layers import ServedLayers  # noqa: E402
 
 from vllm_lrqk.core.counters import Counters  # noqa: E402
-from vllm_lrqk.core.prefill import _flash  # noqa: E402
+from vllm_lrqk.core.prefill import flash_attention  # noqa: E402
 from vllm_lrqk.core.step import Step, filled_pages  # noqa: E402
 from vllm_lrqk.devices import cuda_prefill, triton_parts  # noqa: E402
 from vllm_lrqk.methods.lrqk import triton_attend  # noqa: E402
@@ -41,7 +41,7 @@ WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.fixture(params=["linear", "mean"])
 def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ServedLayers:
-    monkeypatch.setattr(cuda_prefill, "default_attention", lambda: _flash)
+    monkeypatch.setattr(cuda_prefill, "default_attention", lambda: flash_attention)
     return ServedLayers(emulated_operators(), replace(CONFIG, residual=request.param), torch.device("cpu"))
 
 

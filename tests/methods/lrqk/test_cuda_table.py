@@ -7,7 +7,7 @@ from interpreted import interpreted_kernels
 
 interpreted_kernels("methods.lrqk.triton_attend")
 
-from vllm_lrqk.core.prefill import _flash, prefill_attention  # noqa: E402
+from vllm_lrqk.core.prefill import flash_attention, prefill_attention  # noqa: E402
 from vllm_lrqk.devices import cuda_prefill  # noqa: E402
 from vllm_lrqk.methods.lrqk import cuda  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
@@ -62,7 +62,7 @@ def test_prefill_attention(kernels: PageKernels, context_len: int, monkeypatch: 
     arguments = (query, key, value, host, pages, context_len, 32**-0.5)
     expected, output = torch.empty_like(query), torch.full_like(query, torch.nan)
     prefill_attention(*arguments, expected)
-    kernels.prefill_attention(*arguments, output, attention=_flash)
+    kernels.prefill_attention(*arguments, output, attention=flash_attention)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from interpreted import interpreted_kernels
 interpreted_kernels("methods.lrqk.triton_attend")
 from served_layers import ServedLayers, serve  # noqa: E402
 
-from vllm_lrqk.core.prefill import _flash  # noqa: E402
+from vllm_lrqk.core.prefill import flash_attention  # noqa: E402
 from vllm_lrqk.core.step import build_step  # noqa: E402
 from vllm_lrqk.devices import cuda_prefill  # noqa: E402
 from vllm_lrqk.methods.lrqk.cuda_decode import requests_at_once  # noqa: E402
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def prefill_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_prefill, "default_attention", lambda: _flash)
+    monkeypatch.setattr(cuda_prefill, "default_attention", lambda: flash_attention)
 
 
 def test_covering_selection() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cpu_kernel_cases import INSTRUCTION_SETS, make_layer
 
-from vllm_lrqk.methods.lrqk.cpu import INSTRUCTION_SETS as ALL_SETS
+from vllm_lrqk.devices.cpu import INSTRUCTION_SETS as ALL_SETS
 from vllm_lrqk.methods.lrqk.format import PageFormat
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 

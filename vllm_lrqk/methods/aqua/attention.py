@@ -6,7 +6,7 @@ N tokens.
 
 import torch
 
-from vllm_lrqk.core.prefill import TILE_TOKENS, _flash, merge
+from vllm_lrqk.core.prefill import TILE_TOKENS, flash_attention, merge
 from vllm_lrqk.methods.aqua.basis import Basis
 from vllm_lrqk.methods.aqua.format import Blocks
 from vllm_lrqk.methods.aqua.settings import AquaSettings
@@ -111,13 +111,13 @@ def prefill_attention(
     projected = _pad(basis.project_query(query), d).to(query.dtype).transpose(0, 1)  # [H, T, d]
     key, value = _rows(blocks, basis, pages, context_len, context_len + tokens)
     key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
-    total, log_sum = _flash(projected, key, value, scale, causal=True)
+    total, log_sum = flash_attention(projected, key, value, scale, causal=True)
     # History needs no mask, so the query heads of one KV head become rows of one problem.
     rows = projected.reshape(kv_heads, group * tokens, d)
     total, log_sum = total.reshape(rows.shape), log_sum.reshape(rows.shape[:2])
     for start in range(0, context_len, TILE_TOKENS):
         key, value = _rows(blocks, basis, pages, start, min(start + TILE_TOKENS, context_len))
-        total, log_sum = merge(total, log_sum, *_flash(rows, key, value, scale, causal=False))
+        total, log_sum = merge(total, log_sum, *flash_attention(rows, key, value, scale, causal=False))
     output.copy_(total.reshape(heads, tokens, d).transpose(0, 1))
 
 

@@ -4,11 +4,11 @@ from functools import partial
 
 import torch
 
+from vllm_lrqk.devices import cpu
 from vllm_lrqk.methods.aqua.basis import Basis
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks
 from vllm_lrqk.methods.aqua.kernels import TORCH, Kernels
 from vllm_lrqk.methods.aqua.settings import AquaSettings
-from vllm_lrqk.methods.lrqk.cpu import _DTYPES, _VECTOR_ELEMENTS, INSTRUCTION_SETS, _int32, instruction_sets
 
 _MAX_STORED = 512
 
@@ -19,12 +19,9 @@ def kernels(name: str | None = None) -> Kernels:
     Raises:
         ValueError: `name` cannot run here.
     """
-    available = instruction_sets()
-    if name is None and not available:
+    names = cpu.instruction_sets_from(name)
+    if not names:
         return TORCH
-    if name is not None and name not in available:
-        raise ValueError(f"CPU kernels {name!r} cannot run here; available: {', '.join(available) or 'none'}.")
-    names = available[available.index(name) if name else 0 :]
     return Kernels(
         f"cpu-{names[0]}", partial(_append, names), TORCH.prefill_attention, partial(_decode_attention, names)
     )
@@ -36,9 +33,9 @@ def _pick(names: tuple[str, ...], block_format: BlockFormat) -> int | None:
     if f.stored > _MAX_STORED:
         return None
     for name in names:
-        width = _VECTOR_ELEMENTS[name]
+        width = cpu.VECTOR_ELEMENTS[name]
         if f.block_size % (2 * width) == f.head_size % (2 * width) == f.stored % width == 0:
-            return INSTRUCTION_SETS.index(name)
+            return cpu.INSTRUCTION_SETS.index(name)
     return None
 
 
@@ -56,7 +53,7 @@ def _append(
     slot_mapping: torch.Tensor,
 ) -> None:
     index = _pick(names, blocks.format)
-    if index is None or not key.dtype == value.dtype == blocks.format.value_dtype or key.dtype not in _DTYPES:
+    if index is None or not key.dtype == value.dtype == blocks.format.value_dtype or key.dtype not in cpu.DTYPES:
         return TORCH.append(key, value, blocks, basis, slot_mapping)
     return torch.ops.vllm_lrqk.cpu_aqua_append(
         key,
@@ -83,7 +80,7 @@ def _decode_attention(
     output: torch.Tensor,
 ) -> None:
     index = _pick(names, blocks.format)
-    if index is None or not query.dtype == output.dtype == blocks.format.value_dtype or query.dtype not in _DTYPES:
+    if index is None or not query.dtype == output.dtype == blocks.format.value_dtype or query.dtype not in cpu.DTYPES:
         return TORCH.decode_attention(query, blocks, basis, block_table, seq_lens, scale, config, output)
     return torch.ops.vllm_lrqk.cpu_aqua_decode(
         query,
@@ -91,8 +88,8 @@ def _decode_attention(
         basis.projection,
         basis.offset,
         basis.sigma,
-        _int32(block_table),
-        _int32(seq_lens),
+        cpu.int32(block_table),
+        cpu.int32(seq_lens),
         scale,
         config.num_kept(blocks.format.head_size),
         config.choose == "query_head",

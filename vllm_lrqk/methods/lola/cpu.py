@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from vllm_lrqk.devices import cpu
 from vllm_lrqk.methods.lola import attention
 from vllm_lrqk.methods.lola.attention import Rules
 from vllm_lrqk.methods.lola.format import Memory, MemoryFormat
 from vllm_lrqk.methods.lola.kernels import TORCH, Kernels
 from vllm_lrqk.methods.lola.state import LEAST_VARIANCE, RIDGE, HedgehogState, SlopeState
-from vllm_lrqk.methods.lrqk.cpu import _DTYPES, _int32, _pick, instruction_sets
 
 
 @cache
@@ -20,12 +20,9 @@ def kernels(name: str | None = None) -> Kernels:
     Raises:
         ValueError: `name` cannot run here.
     """
-    available = instruction_sets()
-    if name is None and not available:
+    names = cpu.instruction_sets_from(name)
+    if not names:
         return TORCH
-    if name is not None and name not in available:
-        raise ValueError(f"CPU kernels {name!r} cannot run here; available: {', '.join(available) or 'none'}.")
-    names = available[available.index(name) if name else 0 :]
     return Kernels(f"cpu-{names[0]}", partial(_decode_attention, names), partial(_prefill_attention, names))
 
 
@@ -45,7 +42,7 @@ def _decode_attention(
         return attention.decode_attention(query, key, value, memory, blocks, seq_lens, rules, output)
     blocks = blocks if blocks.dtype == torch.int32 else blocks.int()
     return torch.ops.vllm_lrqk.cpu_lola_decode(
-        query, key, value, *_state(memory, rules), blocks, _int32(seq_lens), output, index
+        query, key, value, *_state(memory, rules), blocks, cpu.int32(seq_lens), output, index
     )
 
 
@@ -79,9 +76,9 @@ def _choose(
 ) -> int | None:
     """Index of the instruction set that can do this; None: the plain torch form has to."""
     dtypes = {tensor.dtype for tensor in (query, key, value, output)} | {memory.format.dtype}
-    if isinstance(rules.state, HedgehogState) or len(dtypes) > 1 or query.dtype not in _DTYPES:
+    if isinstance(rules.state, HedgehogState) or len(dtypes) > 1 or query.dtype not in cpu.DTYPES:
         return None
-    return _pick(names, query.shape[-1])
+    return cpu.pick(names, query.shape[-1])
 
 
 def _state(memory: Memory, rules: Rules) -> tuple[Any, ...]:
