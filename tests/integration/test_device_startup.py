@@ -104,3 +104,8 @@ def test_compute_capability() -> None:
 
 def test_device_of_the_cpu_platform() -> None:
     assert current_device(vllm_config("cpu")).type == "cpu"
+
+
+def test_steps_need_the_hosts_lengths_to_be_right() -> None:
+    """vLLM asks before it lets the device decide how many tokens a request has."""
+    assert not backend_class("LRQK").supports_device_cpu_query_lens_mismatch()
