@@ -1,9 +1,13 @@
 """A pretrained model that nobody trained for this package, served by LRQK."""
 
+import json
+
 import pytest
 from engines import engine, greedy
 from transformers import AutoTokenizer
 from vllm import TokensPrompt
+
+from vllm_lrqk.evaluation.command import main
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_model]
 
@@ -24,3 +28,12 @@ def test_smollm2_answers_as_with_dense_attention(smollm2_folder):
     dense, ours = answers
     assert "Paris" in tokenizer.decode(ours[0])
     assert ours == dense
+
+
+def test_a_question_in_a_chat_is_read_by_decode_steps(smollm2_folder, tmp_path):
+    """The mark that ends what the user says is the model's stop token, and among the tokens that it must take."""
+    arguments = ["--tasks", "niah_single", "--lengths", "512", "--samples", "2", "--decode-question", "--dense-only"]
+    main([str(smollm2_folder), *arguments, "--dtype", "float32", "--output", str(tmp_path)])
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [record["score"] for record in records] == [1, 1]
+    assert all("<|im_end|>" not in record["output"] for record in records)

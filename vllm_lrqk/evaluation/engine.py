@@ -186,6 +186,7 @@ def _answer(llm: Any, requests: list[Request], backend: str | None) -> Batch:
         ids = list(result.outputs[0].token_ids)
         if ids[: len(request.forced_ids)] != request.forced_ids:
             raise EvaluationError("vLLM did not take the tokens that a request was made to take.")
+        ids = _until_stop(ids, request)
         logprobs = [step[token].logprob for token, step in zip(ids, result.outputs[0].logprobs or [])]
         outputs.append(Output(ids, logprobs, _divergences(request, backend)))
     after = _counts(llm)
@@ -197,6 +198,8 @@ def _sampling(request: Request, backend: str | None, vocabulary: int) -> Any:
 
     from vllm_lrqk.evaluation.forced import DISTRIBUTIONS, DIVERGENCES, FORCED_TOKENS
 
+    # vLLM ends a request at a stop token even before min_tokens; a chat's marks among the forced tokens may be one.
+    stops = request.free_tokens > 0 and not set(request.stop_ids) & set(request.forced_ids)
     extra: dict[str, Any] = {FORCED_TOKENS: request.forced_ids}
     if request.distributions is not None:
         extra[DISTRIBUTIONS] = str(request.distributions)
@@ -210,11 +213,19 @@ def _sampling(request: Request, backend: str | None, vocabulary: int) -> Any:
         max_tokens=len(request.forced_ids) + request.free_tokens,
         min_tokens=len(request.forced_ids),
         logprobs=None if request.free_tokens else 0,
-        stop_token_ids=request.stop_ids if request.free_tokens else [],
-        ignore_eos=not request.free_tokens,
+        stop_token_ids=request.stop_ids if stops else [],
+        ignore_eos=not stops,
         extra_args=extra,
         detokenize=False,
     )
+
+
+def _until_stop(ids: list[int], request: Request) -> list[int]:
+    """Output tokens up to and with the first stop token that was not forced."""
+    for position in range(len(request.forced_ids), len(ids)):
+        if ids[position] in request.stop_ids:
+            return ids[: position + 1]
+    return ids
 
 
 def _divergence_file(distributions: Path) -> Path:
