@@ -22,6 +22,7 @@ from pathlib import Path
 import requests
 from needle_model import build, haystack, question
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -111,7 +112,20 @@ def counters(url: str) -> dict:
     return result
 
 
-def report(answer: str, right: str, seconds: float, context: int, counted: dict) -> None:
+def series(url: str, expected: dict) -> dict[str, float]:
+    """The LRQK series of the server's `/metrics`, once they have caught up: they are written once a second."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        text = requests.get(f"{url}/metrics", timeout=30).text
+        samples = (sample for metric in text_string_to_metric_families(text) for sample in metric.samples)
+        found = {sample.name: sample.value for sample in samples if sample.name.startswith("vllm:lrqk_")}
+        if found.get("vllm:lrqk_rows_attended_total") == expected["rows_attended"]:
+            return found
+        time.sleep(0.5)
+    raise SystemExit(f"/metrics shows {found}, but the worker counted {expected}")
+
+
+def report(answer: str, right: str, seconds: float, context: int, counted: dict, shown: dict) -> None:
     table = Table(title=f"needle in {context:,} tokens, {seconds:.1f} s")
     table.add_column("")
     table.add_column("LRQK", justify="right")
@@ -124,6 +138,8 @@ def report(answer: str, right: str, seconds: float, context: int, counted: dict)
     table.add_row("rows hit in the hot cache", f"{counted['rows_hit']:,}", "")
     table.add_row("rows missed, fetched from the host", f"{counted['rows_missed']:,}", "")
     table.add_row("bytes fetched", f"{counted['bytes_fetched']:,}", "")
+    for name, value in shown.items():
+        table.add_row(name, f"{value:,.0f}", "")
     Console().print(table)
     print("answer:  ", answer)
     print("expected:", right)
@@ -139,7 +155,8 @@ def main() -> int:
             started = time.monotonic()
             answer = ask(url, prompt, len(right.split()))
             seconds = time.monotonic() - started
-            report(answer, right, seconds, arguments.context, counters(url))
+            counted = counters(url)
+            report(answer, right, seconds, arguments.context, counted, series(url, counted))
     print("found" if answer == right else "NOT FOUND")
     return 0 if answer == right else 1
 

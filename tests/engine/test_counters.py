@@ -12,10 +12,10 @@ pytestmark = pytest.mark.engine
 def log_lines(monkeypatch):
     """Lines of the plugin's logger, written at every step."""
     monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "0")
-    from vllm_lrqk.integration import worker
+    from vllm_lrqk.integration import report
 
     lines = []
-    monkeypatch.setattr(worker.logger, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(report.logger, "info", lambda text, *values: lines.append(text % values))
     return lines
 
 

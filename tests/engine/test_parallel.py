@@ -14,7 +14,8 @@ LENGTHS = [1, 65, 200, 400]
 TOKENS = 24
 
 SCRIPT = """
-import json, sys
+import json, sys, time
+from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams, TokensPrompt
 if __name__ == "__main__":
     model, settings, prompts, tokens = json.loads(sys.argv[1])
@@ -23,12 +24,14 @@ if __name__ == "__main__":
     parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     results = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
     counters = llm.collective_rpc("lrqk_counters")
-    print("RESULT", json.dumps([[list(r.outputs[0].token_ids) for r in results], counters]))
+    time.sleep(2.5)  # series are written once a second
+    shown = {s.name: s.value for m in REGISTRY.collect() for s in m.samples if s.name.startswith("vllm:lrqk_")}
+    print("RESULT", json.dumps([[list(r.outputs[0].token_ids) for r in results], counters, shown]))
 """
 
 
 def serve_in_processes(tmp_path, model, prompts, **settings):
-    """Tokens and every rank's counters of an engine with worker processes of its own."""
+    """Tokens, every rank's counters and the series of an engine with worker processes of its own."""
     script = tmp_path / "serve.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -51,7 +54,7 @@ def test_two_ranks(tmp_path, models, parallel, eager):
     with engine(model) as llm:
         dense = [list(output.token_ids) for output in greedy(llm, prompts, TOKENS)]
     settings = {"lrqk": {"page_size": 64, "top_k": 1024, "host_memory_gib": 0.5, "hot_cache": True}}
-    tokens, counters = serve_in_processes(
+    tokens, counters, shown = serve_in_processes(
         tmp_path, model, prompts, additional_config=settings, enforce_eager=eager, **{parallel: 2}
     )
     assert tokens == dense
@@ -61,3 +64,6 @@ def test_two_ranks(tmp_path, models, parallel, eager):
         assert rank["decode_tokens"] > 0
         # Half of the heads or half of the layers: nothing is kept twice.
         assert rank["host_bytes_per_token"] == 2 * 2 * 2 * 64 * 4 / 2
+    for name in ("decode_tokens", "rows_attended", "rows_hit", "rows_missed"):
+        assert shown[f"vllm:lrqk_{name}_total"] == sum(rank[name] for rank in counters), name
+    assert shown["vllm:lrqk_host_pages_in_use"] == 0

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_lrqk.core.config import ConfigError
-from vllm_lrqk.core.host_pages import GIB
+from vllm_lrqk.core.layer import LayerShape
 from vllm_lrqk.core.method import ModelFacts
 from vllm_lrqk.devices import cuda_library
+from vllm_lrqk.integration import worker
 from vllm_lrqk.integration.backend import backend_class
-from vllm_lrqk.integration.checks import check_pinned_share
 from vllm_lrqk.integration.metadata import StepBuilder
 from vllm_lrqk.integration.request_blocks import RequestTableBuilder
 from vllm_lrqk.integration.settings import current_device
@@ -72,20 +73,32 @@ def test_one_sentence(settings: dict[str, int], config: LRQKSettings, words: lis
 
 def test_missing_kernels(library: Path) -> None:
     with pytest.raises(ConfigError, match="without its CUDA kernels: install it again with nvcc"):
-        check(CONFIG)
+        LRQK(CONFIG, "cuda").check_machine()
 
 
 def test_kernels_that_do_not_load(library: Path) -> None:
     library.write_bytes(b"no library")
     with pytest.raises(ConfigError, match=r"do not load: install it again .*_cuda_kernels\.so says: .*\.$") as error:
-        check(CONFIG)
+        LRQK(CONFIG, "cuda").check_machine()
     assert "\n" not in str(error.value)
 
 
-def test_share_of_pinned_memory() -> None:
-    check_pinned_share(8 * GIB, 10 * GIB, "lrqk.host_memory_gib")
-    with pytest.raises(ConfigError, match=r"host_memory_gib is 9, but of the 10 GiB .* 80% .* lower it to 8\."):
-        check_pinned_share(9 * GIB, 10 * GIB, "lrqk.host_memory_gib")
+@pytest.mark.parametrize(("num_gpu_blocks", "pages"), [(None, 2), (50, 50), (500, 100)])
+def test_profiling_pins_nothing(monkeypatch: pytest.MonkeyPatch, num_gpu_blocks: int | None, pages: int) -> None:
+    """vLLM makes a pool to profile graphs, of its final size if the user sized it, before it says how many blocks."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(worker, "PinnedMemory", lambda host, runtime: pinned.append(host))
+    monkeypatch.setattr(worker, "device_address", lambda host, operators: 0)
+    monkeypatch.setattr(worker.devices, "cuda_operators", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: None)
+    own = worker.Worker.__new__(worker.Worker)
+    own.engine = SimpleNamespace(num_host_pages=100)
+    own.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=num_gpu_blocks))
+    own._plan, own._device, own._pinned = SimpleNamespace(block_size=16), torch.device("cuda"), []
+    host = own._host_pages(LayerShape(8, 2, 64, "float16", 1.0), num_blocks=num_gpu_blocks or 500)
+    assert host is not None
+    assert len(host) == pages
+    assert pinned == [host]
 
 
 @pytest.mark.parametrize("builder", [StepBuilder, RequestTableBuilder])

@@ -33,6 +33,11 @@ class Settings:
         for item in fields(self):
             _check_field(f"{self.key}.{item.name}", getattr(self, item.name), item.type, item.metadata)
 
+    def changed(self) -> dict[str, Any]:
+        """The values that are not the defaults, as `from_dict` takes them."""
+        values = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
     @classmethod
     def from_dict(cls, values: Any) -> Self:
         """The settings from their entry of vLLM's `additional_config`.

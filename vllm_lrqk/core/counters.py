@@ -21,6 +21,8 @@ class Counters:
         self.pages_sealed = 0
         self._copy = torch.zeros(len(tallies) + 1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._arrival: torch.cuda.Event | None = None
+        self._glance = torch.zeros_like(self.tallies, device="cpu", pin_memory=device.type == "cuda")
+        self._glance_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.is_copying = False
         """Whether a copy was begun whose counts `arrived` has not handed out."""
 
@@ -43,6 +45,15 @@ class Counters:
     def wait(self) -> dict[str, int]:
         """Counts by now, after waiting for the device."""
         return self._counts(self.tallies.sum(0).tolist())
+
+    def glance(self) -> dict[str, int]:
+        """Counts as far as the device has come, for another thread than that of the steps: waits for none of them."""
+        if self._glance_stream is not None:
+            with torch.cuda.stream(self._glance_stream):
+                self._glance.copy_(self.tallies, non_blocking=True)
+            self._glance_stream.synchronize()
+        rows = (self.tallies if self._glance_stream is None else self._glance).tolist()
+        return self._counts([sum(column) for column in zip(*rows)])
 
     def _counts(self, tallies: list[int]) -> dict[str, int]:
         on_host = {"decode_tokens": self.decode_tokens, "pages_sealed": self.pages_sealed}

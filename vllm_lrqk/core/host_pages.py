@@ -3,55 +3,11 @@
 import ctypes
 import math
 import mmap
-import re
-from pathlib import Path
 
-import psutil
 import torch
 
-DEFAULT_MEMORY_SHARE = 0.5
-GIB = 1 << 30
 HUGE_PAGE_BYTES = 2 << 20
 """Of x86-64; a multiple of the system's own pages everywhere."""
-
-
-def free_host_memory() -> int:
-    """Bytes of CPU memory that this process can take without swapping.
-
-    The least of what the system, the control group and the NUMA nodes have: vLLM's CPU platform binds memory
-    to nodes strictly, and memory that belongs to no node is out of its reach.
-    """
-    found = [psutil.virtual_memory().available, _control_group_memory(), _node_memory()]
-    return min(memory for memory in found if memory is not None)
-
-
-def _control_group_memory() -> int | None:
-    for folder, limit, usage in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            limit_text = Path(folder, limit).read_text().strip()
-            if limit_text != "max":
-                return max(0, int(limit_text) - int(Path(folder, usage).read_text()))
-        except OSError:
-            continue
-    return None
-
-
-def _node_memory() -> int | None:
-    reclaimable = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
-    total = None
-    for meminfo in Path("/sys/devices/system/node").glob("node*/meminfo"):
-        # Lines read "Node 0 MemFree:  5164260 kB".
-        entries = dict(re.findall(r"Node \d+ ([\w()]+):\s+(\d+) kB", meminfo.read_text()))
-        total = (total or 0) + sum(int(entries.get(name, 0)) * 1024 for name in reclaimable)
-    return total
-
-
-def host_page_bytes(page_size: int, kv_heads: int, head_size: int, dtype: torch.dtype, layers: int) -> int:
-    """Bytes that one page takes in the host tier of one rank, all layers together."""
-    return layers * kv_heads * page_size * 2 * head_size * dtype.itemsize
 
 
 def allocate_host_pages(

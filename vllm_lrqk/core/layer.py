@@ -73,6 +73,8 @@ class Layer(ABC):
 
     kernels_name = "torch"
     """Of what computes, for the log."""
+    kernels_hint = ""
+    """A sentence where this machine has better kernels than those that the layer can use."""
 
     def forward(
         self,

@@ -34,6 +34,16 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
+class StepTraffic:
+    """Bytes that one decode step moves for one request, for each KV head of each layer."""
+
+    device_bytes: int
+    """Read from the device's memory."""
+    host_bytes: int = 0
+    """Fetched from the host's, if nothing is found in a cache of rows."""
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What a method may ask of a model and its engine before anything is loaded."""
 
@@ -74,7 +84,20 @@ class Method(ABC):
         return None
 
     def check(self, model: ModelFacts) -> None:
-        """Refuse what cannot be served. Raises ConfigError: the first thing found."""
+        """Refuse models and settings that cannot be served. Raises ConfigError: the first thing found."""
+
+    def check_machine(self) -> None:
+        """Refuse a machine, or an installation, that lacks something. Raises ConfigError."""
+
+    def traffic(self, plan: MemoryPlan, length: int, head_size: int, dtype: torch.dtype) -> StepTraffic:
+        """What a decode step moves at so many tokens; a request's whole memory unless the method says less.
+
+        Args:
+            plan: of the same head size and type of keys and values.
+        """
+        if plan.is_paged:
+            return StepTraffic(length * plan.bytes_per_token)
+        return StepTraffic(plan.block_bytes * plan.blocks_per_request)
 
     @abstractmethod
     def plan(self, head_size: int, dtype: torch.dtype, group: int) -> MemoryPlan:

@@ -51,6 +51,28 @@ def pick(names: tuple[str, ...], head_size: int) -> int | None:
     return None
 
 
+def served_name(name: str, index: int | None) -> str:
+    """Name of what computes where a table of kernels, `name`, found the instruction set with this index, or none."""
+    if not name.startswith("cpu-"):
+        return name
+    return "torch" if index is None else f"cpu-{INSTRUCTION_SETS[index]}"
+
+
+def name_for(name: str, head_size: int) -> str:
+    """Name of what computes for a head size, where the table of kernels is called `name`."""
+    if not name.startswith("cpu-"):
+        return name
+    return served_name(name, pick(instruction_sets_from(name.removeprefix("cpu-")), head_size))
+
+
+def hint_for(name: str, served: str, head_size: int) -> str:
+    """What to say where kernels called `served` compute instead of those called `name`; nothing if it is the same."""
+    if name == served:
+        return ""
+    by = "plain torch" if served == "torch" else f"the {served} kernels"
+    return f"head size {head_size} does not fill the vectors of {name}, so {by} serve it: decode steps are slower."
+
+
 def int32(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in int32; its last dimension is contiguous."""
     if tensor.dtype == torch.int32 and tensor.stride(-1) == 1:

@@ -17,8 +17,6 @@ import torch
 logger = logging.getLogger(__name__)
 CHUNK_BYTES = 4 << 30
 RELEASE_SECONDS = 10.0
-MAX_PINNED_SHARE = 0.8
-"""Of the free host memory: what is registered cannot be swapped out."""
 _REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 

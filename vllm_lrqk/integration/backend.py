@@ -8,6 +8,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.integration.backend_base import BackendBase
 from vllm_lrqk.integration.blocks import PageSpec, RequestSpec, page_spec, request_spec
+from vllm_lrqk.integration.metrics import Series
 from vllm_lrqk.integration.settings import Engine
 from vllm_lrqk.methods import METHODS
 
@@ -21,6 +22,8 @@ class MethodBackend(BackendBase):
     """Key of `METHODS`."""
     engine: ClassVar[Engine]
     """Of the layers, in a class that `bound_to` made."""
+    series: ClassVar[Series | None]
+    """What the scheduler writes for `/metrics`; as `engine`."""
 
     @classmethod
     def get_name(cls) -> str:
@@ -40,9 +43,9 @@ class MethodBackend(BackendBase):
 
     @classmethod
     @cache
-    def bound_to(cls, engine: Engine) -> "type[MethodBackend]":
+    def bound_to(cls, engine: Engine, series: Series | None) -> "type[MethodBackend]":
         """This backend for one engine: it knows what layers need, which vLLM asks outside of any configuration."""
-        return _derived(cls, cls.__qualname__, engine=engine)
+        return _derived(cls, cls.__qualname__, engine=engine, series=series)
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -53,8 +56,8 @@ class MethodBackend(BackendBase):
                 f"{cls.method} serves full attention with equal key and value sizes, this layer has {spec}."
             )
         plan = cls.engine.method.plan(spec.head_size, spec.dtype, cls.engine.group)
-        make = page_spec if plan.is_paged else request_spec
-        return make(plan, spec.num_kv_heads, spec.head_size, cls.engine.num_host_pages)
+        shape = plan, spec.num_kv_heads, spec.head_size, cls.engine.num_host_pages
+        return page_spec(*shape, cls.series) if plan.is_paged else request_spec(*shape)
 
 
 @cache

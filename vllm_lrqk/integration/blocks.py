@@ -4,8 +4,10 @@ One space of block ids serves both tiers: id i is page i on the device and host 
 Ids from `host_pages` on have no host page and can only be a request's constant blocks.
 """
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_lrqk.core.method import MemoryPlan
 from vllm_lrqk.integration import compat
+from vllm_lrqk.integration.metrics import Series, Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,8 @@ class PageSpec(FullAttentionSpec):
 
     host_pages: int | None = None
     """Block ids below this have a host page, and only they can hold tokens; None: there is no host tier."""
+    series: Series | None = field(default=None, compare=False)
+    """What the scheduler writes for `/metrics`; None: nothing."""
 
     @classmethod
     def merge(cls, specs: list["PageSpec"]) -> "PageSpec":
@@ -55,7 +60,9 @@ class RequestSpec(AttentionSpec):
         return self.blocks_per_request
 
 
-def page_spec(plan: MemoryPlan, kv_heads: int, head_size: int, host_pages: int | None) -> PageSpec:
+def page_spec(
+    plan: MemoryPlan, kv_heads: int, head_size: int, host_pages: int | None, series: Series | None = None
+) -> PageSpec:
     """What a layer's tokens take: our bytes instead of keys and values."""
     return PageSpec(
         block_size=plan.block_size,
@@ -65,6 +72,7 @@ def page_spec(plan: MemoryPlan, kv_heads: int, head_size: int, host_pages: int |
         dtype=torch.uint8,
         state_content_bytes=plan.bytes_per_token,
         host_pages=host_pages,
+        series=series,
     )
 
 
@@ -81,6 +89,10 @@ def request_spec(plan: MemoryPlan, kv_heads: int, head_size: int, host_pages: in
     )
 
 
+def _write_pages(writer: Writer, num_pages: int, num_free: int) -> None:
+    writer.gauges({"host_pages_in_use": num_pages - num_free, "host_pages_free": num_free})
+
+
 class PageManager(FullAttentionManager):
     """Hands out the block ids that have a host page, or all where there is no host tier."""
 
@@ -91,6 +103,10 @@ class PageManager(FullAttentionManager):
         super().__init__(kv_cache_spec, block_pool=block_pool, **kwargs)
         if kv_cache_spec.host_pages is not None:
             compat.remove_free_blocks(block_pool, kv_cache_spec.host_pages)
+        if kv_cache_spec.series is not None and kv_cache_spec.host_pages is not None:
+            writer = kv_cache_spec.series.writer("pages")
+            compat.on_blocks_moved(block_pool, partial(_write_pages, writer))
+            weakref.finalize(block_pool, writer.close)
 
     def _cache_partial_tail_block(self, request: Any, num_tokens: int) -> None:
         return
@@ -139,3 +155,16 @@ class RequestManager(SingleTypeKVCacheManager):
 
 compat.register_spec(PageSpec, PageManager)
 compat.register_spec(RequestSpec, RequestManager)
+
+
+def _tokens(vllm_config: Any, num_blocks: int) -> int | None:
+    """What vLLM says that its cache holds, as the start-up line does; None for engines that run no method of ours."""
+    engine = getattr(vllm_config.additional_config, "engine", None)
+    return (
+        None
+        if engine is None
+        else engine.capacity(vllm_config, num_blocks).tokens(vllm_config.model_config.max_model_len)
+    )
+
+
+compat.wrap_kv_cache_capacity(_tokens)

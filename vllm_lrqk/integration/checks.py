@@ -4,10 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_lrqk.core.config import ConfigError
-from vllm_lrqk.core.host_pages import GIB
 from vllm_lrqk.core.method import Method, ModelFacts
-from vllm_lrqk.devices.pinned import MAX_PINNED_SHARE
-from vllm_lrqk.integration.settings import HostPlan
 
 
 def check_model(vllm_config: Any, chosen: Method) -> None:
@@ -16,7 +13,7 @@ def check_model(vllm_config: Any, chosen: Method) -> None:
     Raises:
         ConfigError: the first thing found that cannot be served.
     """
-    model, cache = vllm_config.model_config, vllm_config.cache_config
+    model = vllm_config.model_config
     method, name, text = chosen.name, model.model, model.hf_text_config
     other = "serve it with another attention backend."
     if model.use_mla:
@@ -40,15 +37,12 @@ def check_model(vllm_config: Any, chosen: Method) -> None:
     soft_cap = getattr(text, "attn_logit_softcapping", None)
     if soft_cap:
         raise ConfigError(f"{method} does not support a soft cap on attention logits ({name}: {soft_cap}): {other}")
-    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
-        raise ConfigError(
-            f"--kv-cache-dtype is {cache.cache_dtype}, but {method} keeps keys and values in the model's own type "
-            f"({model.dtype}): use --kv-cache-dtype auto."
-        )
+    _check_kv_dtype(vllm_config, method)
     if chosen.settings.capture is not None:
         _check_capture(vllm_config, f"{chosen.settings.key}.capture", chosen.settings.capture)
     _check_engine(vllm_config, method)
     chosen.check(model_facts(vllm_config))
+    chosen.check_machine()
 
 
 def model_facts(vllm_config: Any) -> ModelFacts:
@@ -71,8 +65,30 @@ def _check_capture(vllm_config: Any, field: str, folder: str) -> None:
         raise ConfigError(f"{field} is {folder!r}, which has captured requests already: name an empty folder.")
 
 
+def _check_kv_dtype(vllm_config: Any, method: str) -> None:
+    """Refuse quantised keys and values, whether the flag or the checkpoint asks for them."""
+    model, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    own = str(model.dtype).removeprefix("torch.")
+    quantization = model.model_arch_config.quantization_config or {}
+    scheme = quantization.get("kv_cache_scheme") or quantization.get("kv_cache_quant_algo")
+    if dtype == own or (dtype == "auto" and not scheme):
+        return
+    asked = f"--kv-cache-dtype is {dtype}"
+    if scheme:  # which "auto" follows
+        asked += f" and {model.model} brings scales for quantised keys and values"
+    raise ConfigError(
+        f"{asked}, but {method} keeps keys and values in the model's own type ({own}): "
+        f"use --kv-cache-dtype {own if scheme else 'auto'}."
+    )
+
+
 def _check_engine(vllm_config: Any, method: str) -> None:
     parallel = vllm_config.parallel_config
+    is_cpu = vllm_config.device_config.device_type == "cpu"
+    if vllm_config.model_config.enable_sleep_mode and not is_cpu:
+        raise ConfigError(
+            f"{method} does not support sleep mode (--enable-sleep-mode): leave it out, or stop the server instead."
+        )
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
         raise ConfigError(
@@ -158,34 +174,3 @@ def check_selector(backend: Any, selector_config: Any) -> None:
         raise ConfigError(
             f"{backend.get_name()} cannot serve this model ({', '.join(reasons)}): choose another attention backend."
         )
-
-
-def check_pinned_share(memory_bytes: int, free_bytes: int, field: str) -> None:
-    """Refuse to pin more than `MAX_PINNED_SHARE` of a host's free memory.
-
-    Args:
-        memory_bytes: of the host tier, all ranks of this host together.
-        field: the setting that asks for it.
-
-    Raises:
-        ConfigError: it is more.
-    """
-    most = free_bytes * MAX_PINNED_SHARE
-    if memory_bytes > most:
-        raise ConfigError(
-            f"{field} is {memory_bytes / GIB:.3g}, but of the {free_bytes / GIB:.3g} GiB that are free "
-            f"at most {MAX_PINNED_SHARE:.0%} may be pinned: lower it to {most / GIB:.3g}."
-        )
-
-
-def check_host_memory(method: Method, host: HostPlan, block_size: int, max_model_len: int) -> None:
-    """Raise ConfigError unless one request of `max_model_len` tokens fits into the host tier."""
-    needed = -(-max_model_len // block_size) + 1
-    if host.num_pages >= needed:
-        return
-    field = f"{method.settings.key}.host_memory_gib"
-    source = field if method.host_memory_gib is not None else "half of the free host memory"
-    raise ConfigError(
-        f"{source} gives {host.memory_bytes / GIB:.3g} GiB per rank, but keys and values of max_model_len="
-        f"{max_model_len} tokens need {needed * host.page_bytes / GIB:.3g} GiB: raise {field} or lower --max-model-len."
-    )

@@ -12,6 +12,8 @@ from typing import Any
 
 MINIMUM_VLLM = (0, 32)
 TESTED_VLLM = (0, 32)
+TRIED_VLLM = (0, 33)
+"""Of releases up to this one the Python part has been tried on the CPU platform (`scripts/try_vllm.py`)."""
 
 
 def vllm_version() -> tuple[int, int] | None:
@@ -116,6 +118,25 @@ def make_block_pool(ids: range, hash_block_size: int) -> Any:
     return pool
 
 
+def on_blocks_moved(block_pool: Any, callback: Callable[[int, int], None]) -> None:
+    """Call `callback(blocks, free blocks)` now and whenever a pool has given or taken blocks, but for null (0.32)."""
+
+    def tell() -> None:
+        callback(block_pool.num_gpu_blocks - 1, block_pool.get_num_free_blocks())
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            tell()
+            return result
+
+        return moved
+
+    for name in ("get_new_blocks", "touch", "free_blocks"):
+        setattr(block_pool, name, wrap(getattr(block_pool, name)))
+    tell()
+
+
 def on_kv_cache_bound(layer: Any, callback: Callable[[Any], None]) -> None:
     """Call `callback(kv_cache)` when the model runner gives an attention layer its tensor (0.32)."""
     original = layer.bind_kv_cache
@@ -125,6 +146,45 @@ def on_kv_cache_bound(layer: Any, callback: Callable[[Any], None]) -> None:
         callback(kv_cache)
 
     layer.bind_kv_cache = bind_kv_cache
+
+
+def pipeline_stages(vllm_config: Any) -> list[tuple[int, int]]:
+    """First and past-the-last layer of each stage of the pipeline (0.32)."""
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    return [get_pp_indices(layers, stage, stages) for stage in range(stages)]
+
+
+def cpu_memory_nodes() -> list[int]:
+    """NUMA nodes whose memory vLLM's CPU platform may use here (0.32)."""
+    from vllm.utils.cpu_resource_utils import get_visible_memory_node
+
+    return get_visible_memory_node()
+
+
+def wrap_kv_cache_capacity(tokens: Callable[[Any, int], int | None]) -> None:
+    """Let vLLM's own figures of its cache, in its log and in `cache_config_info`, be ours (0.32).
+
+    Args:
+        tokens: of a configuration and its number of blocks; None leaves vLLM's figure.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    original = kv_cache_utils.get_kv_cache_capacity
+    if getattr(original, "_lrqk", False):
+        return
+
+    @functools.wraps(original)
+    def get_kv_cache_capacity(vllm_config: Any, kv_cache_config: Any) -> tuple[int, float]:
+        found = tokens(vllm_config, kv_cache_config.num_blocks)
+        if found is None:
+            return original(vllm_config, kv_cache_config)
+        return found, found / vllm_config.model_config.max_model_len
+
+    get_kv_cache_capacity._lrqk = True  # type: ignore[attr-defined]
+    kv_cache_utils.get_kv_cache_capacity = get_kv_cache_capacity
 
 
 def layer_number(name: str) -> int:
@@ -139,6 +199,36 @@ def forward_metadata(layer_name: str) -> Any:
     from vllm.forward_context import get_forward_context
 
     return get_forward_context().attn_metadata[layer_name]
+
+
+_told_after_warm_up: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def after_warm_up(owner: Any) -> None:
+    """Call `owner.begin_serving()` when the worker that has `owner.vllm_config` has run its warm-up requests (0.32)."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    _told_after_warm_up.add(owner)
+    for worker_class in (Worker, CPUWorker):
+        _wrap_warm_up(worker_class)
+
+
+def _wrap_warm_up(worker_class: Any) -> None:
+    original = worker_class.compile_or_warm_up_model
+    if getattr(original, "_lrqk", False):
+        return
+
+    @functools.wraps(original)
+    def compile_or_warm_up_model(self: Any) -> Any:
+        result = original(self)
+        for told in list(_told_after_warm_up):
+            if told.vllm_config is self.vllm_config:
+                told.begin_serving()
+        return result
+
+    compile_or_warm_up_model._lrqk = True  # type: ignore[attr-defined]
+    worker_class.compile_or_warm_up_model = compile_or_warm_up_model
 
 
 _released_at_shutdown: weakref.WeakSet[Any] = weakref.WeakSet()

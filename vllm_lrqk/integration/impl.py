@@ -12,6 +12,7 @@ from vllm_lrqk.core.layer import Layer, LayerPlace, LayerShape
 from vllm_lrqk.core.step import Step
 from vllm_lrqk.integration import compat
 from vllm_lrqk.integration.checks import check_layer
+from vllm_lrqk.integration.metrics import Series
 from vllm_lrqk.integration.request_blocks import CompanionLayer
 from vllm_lrqk.integration.settings import current_device, engine_of, kv_dtype
 from vllm_lrqk.integration.worker import Worker
@@ -64,7 +65,7 @@ class MethodImpl(AttentionImpl):
         self._is_prepared = True
         layers = self._vllm_config.compilation_config.static_forward_context
         own_name, own_layer = next(item for item in layers.items() if getattr(item[1], "impl", None) is self)
-        own_layer.attn_backend = own_layer.attn_backend.bound_to(self._engine)
+        own_layer.attn_backend = own_layer.attn_backend.bound_to(self._engine, Series.of(self._vllm_config))
         bound: dict[str, torch.Tensor] = {}
         expected = [own_name]
 
@@ -136,7 +137,7 @@ class MethodImpl(AttentionImpl):
         if self.companion_name is not None:
             blocks = compat.forward_metadata(self.companion_name).blocks
         rows = query[:count], key[:count], value[:count]
-        if self.capture is not None:
+        if self.capture is not None and self.worker is not None and self.worker.report.is_serving:
             self.capture.write(*rows, step)
         self.layer.forward(*rows, step, blocks, output[:count])
         return output

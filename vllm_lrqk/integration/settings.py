@@ -1,27 +1,17 @@
 """One engine's method and host memory: settled once, and handed on with vLLM's configuration to every process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from vllm_lrqk.core.capacity import Capacity, HostTier
 from vllm_lrqk.core.config import ConfigError
-from vllm_lrqk.core.host_pages import DEFAULT_MEMORY_SHARE, GIB, free_host_memory, host_page_bytes
+from vllm_lrqk.core.host_memory import DEFAULT_SHARE, GIB, free_host_memory
 from vllm_lrqk.core.method import MemoryPlan, Method
+from vllm_lrqk.core.model_heads import kv_heads_of_blocks, rank_heads
+from vllm_lrqk.integration import compat
 from vllm_lrqk.methods import METHODS, method_class
-
-
-@dataclass(frozen=True)
-class HostPlan:
-    """How the host tier of one rank is cut."""
-
-    memory_bytes: int
-    page_bytes: int
-
-    @property
-    def num_pages(self) -> int:
-        """Host pages, the null block's included."""
-        return self.memory_bytes // self.page_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +19,17 @@ class Engine:
     """What an engine was started with.
 
     Args:
+        heads: KV heads of all layers of one rank, of that with most.
         host: the host tier of one rank; None where the method has none.
+        metrics_folder: where its processes write what `/metrics` shows; None: nowhere.
     """
 
     method: Method
     group: int
     """Query heads per KV head."""
-    host: HostPlan | None = None
+    heads: int
+    host: HostTier | None = None
+    metrics_folder: str | None = None
 
     @property
     def num_host_pages(self) -> int | None:
@@ -44,8 +38,14 @@ class Engine:
 
     def plan(self, vllm_config: Any) -> MemoryPlan:
         """What a layer of the model needs."""
-        model = vllm_config.model_config
-        return self.method.plan(model.get_head_size(), model.dtype, self.group)
+        return model_plan(self.method, vllm_config)
+
+    def capacity(self, vllm_config: Any, num_blocks: int) -> Capacity:
+        """What a pool of so many blocks, the null block included, has room for."""
+        model, plan = vllm_config.model_config, self.plan(vllm_config)
+        dense_bytes = 2 * model.get_head_size() * model.dtype.itemsize
+        max_requests = vllm_config.scheduler_config.max_num_seqs
+        return Capacity(plan, self.heads, dense_bytes, num_blocks, self.num_host_pages, max_requests)
 
 
 class EngineSettings(dict):
@@ -72,10 +72,21 @@ def make_method(name: str, additional: Any, device_type: str) -> Method:
     found = method_class(name)
     values = additional if isinstance(additional, dict) else {}
     key = found.settings_type.key
-    for other in values:
-        if str(other) != key and str(other).lower() == key:
+    own = [item.name for item in fields(found.settings_type)]
+    for other in map(str, values):
+        if other != key and other.lower() == key:
             raise ConfigError(
                 f"additional_config has {other!r}, but the settings of {name} are under {key!r}: rename it."
+            )
+        if other.lower() in {method.lower() for method in METHODS} - {key}:
+            raise ConfigError(
+                f"additional_config has {other!r}, but the attention backend is {name}, "
+                f"whose settings are under {key!r}: remove it."
+            )
+        if other in own and key not in values:
+            raise ConfigError(
+                f"additional_config has {other!r} at its top, but it is a setting of {name}: "
+                f'write {{"{key}": {{"{other}": {values[other]!r}}}}}.'
             )
     return found(found.settings_type.from_dict(values.get(key, {})), device_type)
 
@@ -86,18 +97,24 @@ def misplaced_settings(additional: Any) -> list[str]:
     return [key for key in additional if str(key).lower() in known] if isinstance(additional, dict) else []
 
 
-def host_plan(method: Method, vllm_config: Any) -> HostPlan | None:
-    """The host tier of one rank: what the settings ask for, or a share of what is free; None if it has none."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    plan = method.plan(model.get_head_size(), model.dtype, model_group(vllm_config))
-    if not plan.host_bytes_per_token:
-        return None
-    ranks = max(1, parallel.world_size // max(1, parallel.nnodes))
+def host_tier(method: Method, vllm_config: Any, heads: int) -> HostTier | None:
+    """The host tier of one rank: its part of what the settings ask for, or of a share of what is free."""
     asked = method.host_memory_gib
-    memory = int(free_host_memory() * DEFAULT_MEMORY_SHARE) if asked is None else int(asked * GIB)
-    heads, layers = model.get_num_kv_heads(parallel), num_layers(vllm_config)
-    page_bytes = host_page_bytes(plan.block_size, heads, model.get_head_size(), model.dtype, layers)
-    return HostPlan(memory // ranks, page_bytes)
+    memory = int(free_host_memory() * DEFAULT_SHARE) if asked is None else int(asked * GIB)
+    return HostTier.of(model_plan(method, vllm_config), heads, memory // ranks_per_host(vllm_config))
+
+
+def ranks_per_host(vllm_config: Any) -> int:
+    """Ranks that share the memory of this host, those of all its data parallel engines together."""
+    parallel = vllm_config.parallel_config
+    engines = max(1, parallel.data_parallel_size_local) if parallel.data_parallel_size > 1 else 1
+    return max(1, parallel.world_size // max(1, parallel.nnodes)) * engines
+
+
+def model_plan(method: Method, vllm_config: Any) -> MemoryPlan:
+    """What a layer of the model needs, for each KV head."""
+    model = vllm_config.model_config
+    return method.plan(model.get_head_size(), model.dtype, model_group(vllm_config))
 
 
 def model_group(vllm_config: Any) -> int:
@@ -106,10 +123,14 @@ def model_group(vllm_config: Any) -> int:
     return model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
 
 
-def num_layers(vllm_config: Any) -> int:
-    """Layers of one rank."""
-    parallel = vllm_config.parallel_config.pipeline_parallel_size
-    return -(-vllm_config.model_config.get_total_num_hidden_layers() // parallel)
+def model_heads(vllm_config: Any) -> int:
+    """KV heads of all layers of one rank, of that with most."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    layers = model.get_total_num_hidden_layers()
+    heads = kv_heads_of_blocks(model.hf_text_config, model.model_arch_config.total_num_attention_heads)
+    if heads is None:
+        heads = [model.model_arch_config[layer].total_num_kv_heads for layer in range(layers)]
+    return rank_heads(heads, parallel.tensor_parallel_size, compat.pipeline_stages(vllm_config))
 
 
 def kv_dtype(vllm_config: Any) -> torch.dtype:

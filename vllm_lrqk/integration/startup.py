@@ -5,19 +5,24 @@ from typing import Any
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_lrqk import names
+from vllm_lrqk.core.capacity import backed_blocks
 from vllm_lrqk.core.config import ConfigError
-from vllm_lrqk.core.host_pages import GIB, free_host_memory
-from vllm_lrqk.integration import compat
-from vllm_lrqk.integration.checks import check_host_memory, check_model, check_pinned_share, check_selector
+from vllm_lrqk.core.host_memory import host_memory
+from vllm_lrqk.core.method import Method
+from vllm_lrqk.integration import compat, metrics
+from vllm_lrqk.integration.checks import check_model, check_selector
+from vllm_lrqk.integration.machine import check_cpu_binding, check_host_memory, check_host_share
 from vllm_lrqk.integration.settings import (
     Engine,
     EngineSettings,
     engine_of,
-    host_plan,
+    host_tier,
     make_method,
     misplaced_settings,
     model_group,
-    num_layers,
+    model_heads,
+    model_plan,
+    ranks_per_host,
 )
 from vllm_lrqk.methods import METHODS
 
@@ -59,8 +64,7 @@ def prepare(vllm_config: Any) -> None:
     check_model(vllm_config, method)
     _warn_untested_version()
 
-    group = model_group(vllm_config)
-    plan = method.plan(model.get_head_size(), model.dtype, group)
+    plan = model_plan(method, vllm_config)
     if cache.user_specified_block_size and cache.block_size != plan.block_size:
         raise ConfigError(
             f"--block-size is {cache.block_size}, but {method.block_size_setting} is {plan.block_size}: "
@@ -72,22 +76,27 @@ def prepare(vllm_config: Any) -> None:
         logger.warning_once("%s keeps one memory per request, so prefix caching is switched off.", name)
         cache.enable_prefix_caching = False
 
+    is_cpu, parallel = vllm_config.device_config.device_type == "cpu", vllm_config.parallel_config
     engine = getattr(additional, "engine", None)  # of this configuration before vLLM copied it
+    is_new = engine is None
     if engine is None:
-        engine = Engine(method, group, host_plan(method, vllm_config))
-        if vllm_config.device_config.device_type != "cpu" and method.host_memory_gib is not None:
-            field = f"{method.settings.key}.host_memory_gib"
-            check_pinned_share(int(method.host_memory_gib * GIB), free_host_memory(), field)
-    vllm_config.additional_config = EngineSettings(additional if isinstance(additional, dict) else {})
-    vllm_config.additional_config.engine = engine
+        if is_cpu:
+            check_cpu_binding(vllm_config)
+        heads = model_heads(vllm_config)
+        host = host_tier(method, vllm_config, heads)
+        engine = Engine(method, model_group(vllm_config), heads, host, metrics.expose())
+    if is_new:  # and else the same object: it is what a worker's layers and vLLM's worker have in common
+        vllm_config.additional_config = EngineSettings(additional if isinstance(additional, dict) else {})
+        vllm_config.additional_config.engine = engine
     if engine.host is not None and model.original_max_model_len != -1:
-        check_host_memory(method, engine.host, plan.block_size, model.max_model_len)
-
-    parallel = vllm_config.parallel_config
+        ranks = ranks_per_host(vllm_config)
+        check_host_memory(method, engine.host, plan.block_size, model.max_model_len, ranks)
     if not parallel.worker_extension_cls:
         parallel.worker_extension_cls = names.WORKER_EXTENSION
-    if vllm_config.device_config.device_type == "cpu":
+    if is_cpu:
         _size_cpu_pool(vllm_config, engine)
+    if is_new and engine.host is not None:
+        _check_free_memory(vllm_config, method, is_cpu)
 
 
 def _size_cpu_pool(vllm_config: Any, engine: Engine) -> None:
@@ -95,19 +104,27 @@ def _size_cpu_pool(vllm_config: Any, engine: Engine) -> None:
 
     vLLM would otherwise offer nearly all memory to it, many times what the host tier can back.
     """
-    cache, plan = vllm_config.cache_config, engine.plan(vllm_config)
+    cache = vllm_config.cache_config
     if engine.host is None or cache.kv_cache_memory_bytes is not None or cache.num_gpu_blocks_override is not None:
         return
-    blocks = engine.host.num_pages + plan.blocks_per_request * vllm_config.scheduler_config.max_num_seqs
-    kv_heads = vllm_config.model_config.get_num_kv_heads(vllm_config.parallel_config)
-    cache.kv_cache_memory_bytes = blocks * num_layers(vllm_config) * kv_heads * plan.block_bytes
+    blocks = backed_blocks(engine.plan(vllm_config), engine.host, vllm_config.scheduler_config.max_num_seqs)
+    cache.kv_cache_memory_bytes = blocks * engine.capacity(vllm_config, blocks).block_bytes
+
+
+def _check_free_memory(vllm_config: Any, method: Method, is_cpu: bool) -> None:
+    if method.host_memory_gib is None:
+        return
+    pool = (vllm_config.cache_config.kv_cache_memory_bytes or 0) * ranks_per_host(vllm_config) if is_cpu else 0
+    check_host_share(method.host_memory_gib, pool, host_memory(), f"{method.settings.key}.host_memory_gib")
 
 
 def _warn_untested_version() -> None:
     # A warning, not a refusal: a name that has gone fails loudly at start-up, and most releases keep them.
     version = compat.vllm_version()
-    if version is not None and version > compat.TESTED_VLLM:
-        logger.warning_once("vllm-lrqk is tested with vLLM %d.%d, this is %d.%d.", *compat.TESTED_VLLM, *version)
+    if version is None or version <= compat.TESTED_VLLM:
+        return
+    tried = ", whose Python part was tried on the CPU platform" if version <= compat.TRIED_VLLM else ""
+    logger.warning_once("vllm-lrqk is tested with vLLM %d.%d, this is %d.%d%s.", *compat.TESTED_VLLM, *version, tried)
 
 
 def select_backend(backend: Any, selector_config: AttentionSelectorConfig) -> str:
@@ -116,32 +133,26 @@ def select_backend(backend: Any, selector_config: AttentionSelectorConfig) -> st
     return backend.get_path()
 
 
-def start_line(vllm_config: Any, layers: int, kv_heads: int, kernels: str, num_blocks: int) -> str:
+def start_line(vllm_config: Any, kernels: str, num_blocks: int) -> str:
     """What an engine has room for, for the log.
 
     Args:
-        layers: of this rank.
+        kernels: names of those that its layers run.
         num_blocks: of vLLM's pool.
     """
-    engine, plan = engine_of(vllm_config), engine_of(vllm_config).plan(vllm_config)
-    model, heads = vllm_config.model_config, layers * kv_heads
+    engine = engine_of(vllm_config)
+    room, length = engine.capacity(vllm_config, num_blocks), vllm_config.model_config.max_model_len
     start = f"{engine.method.name} ({kernels} kernels):"
-    if not plan.is_paged:
-        bytes_per_request = heads * plan.block_bytes * plan.blocks_per_request
-        requests = (num_blocks - 1) // plan.blocks_per_request
+    if not room.plan.is_paged:
         return (
-            f"{start} {bytes_per_request / 2**20:,.1f} MiB per request and rank, however long it is; "
-            f"room for {requests:,} requests of any length."
+            f"{start} {room.device_bytes_per_request / 2**20:,.1f} MiB per request and rank, however long it is; "
+            f"room for {(num_blocks - 1) // room.plan.blocks_per_request:,} requests of any length."
         )
-    device_bytes, device_tokens = heads * plan.bytes_per_token, num_blocks * plan.block_size
-    dense_bytes = heads * 2 * model.get_head_size() * model.dtype.itemsize
-    dense = (
-        f"dense attention would have had {int(device_tokens * device_bytes / dense_bytes):,} in the same device memory"
+    dense = f"dense attention would have had {room.dense_tokens:,} in the same device memory"
+    tokens = f"room for {room.tokens(length):,} tokens"
+    if room.host_tokens is None:
+        return f"{start} {room.device_bytes_per_token:,} device bytes per token and rank; {tokens}; {dense}."
+    return (
+        f"{start} {room.device_bytes_per_token} device bytes and {room.host_bytes_per_token} host bytes per token and "
+        f"rank; {tokens} (host memory holds {room.host_tokens:,}, device memory {room.device_tokens:,}); {dense}."
     )
-    if engine.host is None:
-        return f"{start} {device_bytes:,} device bytes per token and rank; room for {device_tokens:,} tokens; {dense}."
-    page_size, host_bytes = plan.block_size, engine.host.page_bytes // plan.block_size
-    host_tokens = (engine.host.num_pages - 1) * page_size
-    tokens = min(host_tokens, (num_blocks - 1) * page_size)
-    room = f"room for {tokens:,} tokens (host memory holds {host_tokens:,}, device memory {device_tokens:,})"
-    return f"{start} {device_bytes} device bytes and {host_bytes} host bytes per token and rank; {room}; {dense}."

@@ -39,6 +39,14 @@ def _pick(names: tuple[str, ...], block_format: BlockFormat) -> int | None:
     return None
 
 
+def served_name(name: str, block_format: BlockFormat) -> str:
+    """Name of what computes for blocks of this format, where the table of kernels is called `name`."""
+    if not name.startswith("cpu-"):
+        return name
+    names = cpu.instruction_sets_from(name.removeprefix("cpu-"))
+    return cpu.served_name(name, _pick(names, block_format))
+
+
 def _offsets(block_format: BlockFormat) -> tuple[int, bool, int, int]:
     f = block_format
     return f.block_size, f.is_quantized, f.value_offset, f.key_scale_offset

@@ -4,7 +4,9 @@ import torch
 
 from vllm_lrqk.core.layer import Layer
 from vllm_lrqk.core.step import PrefillChunk, Step
+from vllm_lrqk.devices.cpu import hint_for
 from vllm_lrqk.methods.aqua.basis import Basis
+from vllm_lrqk.methods.aqua.cpu import served_name
 from vllm_lrqk.methods.aqua.format import Blocks
 from vllm_lrqk.methods.aqua.kernels import Kernels
 from vllm_lrqk.methods.aqua.settings import AquaSettings
@@ -23,7 +25,8 @@ class AquaLayer(Layer):
         self.scale = scale
         self.config = config
         self.kernels = kernels
-        self.kernels_name = kernels.name
+        self.kernels_name = served_name(kernels.name, blocks.format)
+        self.kernels_hint = hint_for(kernels.name, self.kernels_name, blocks.format.head_size)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
         self.kernels.append(key, value, self.blocks, self.basis, step.slot_mapping)

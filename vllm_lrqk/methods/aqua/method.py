@@ -8,7 +8,7 @@ from vllm_lrqk.core.calibration import CalibrationSource, ModelIdentity
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.layer import LayerMemory, LayerPlace, LayerShape
-from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts
+from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts, StepTraffic
 from vllm_lrqk.methods.aqua import cpu
 from vllm_lrqk.methods.aqua.basis import make_basis
 from vllm_lrqk.methods.aqua.format import BlockFormat, Blocks
@@ -34,6 +34,11 @@ class Aqua(Method):
         config = self.settings
         form = BlockFormat.from_config(config, config.block_size, head_size, dtype)
         return MemoryPlan(config.block_size, form.bytes_per_token, is_paged=True)
+
+    def traffic(self, plan: MemoryPlan, length: int, head_size: int, dtype: torch.dtype) -> StepTraffic:
+        value_bytes = head_size * dtype.itemsize
+        kept, stored = self.settings.num_kept(head_size), self.settings.num_stored(head_size)
+        return StepTraffic(length * (value_bytes + (plan.bytes_per_token - value_bytes) * kept // stored))
 
     def make_layer(
         self,

@@ -7,6 +7,7 @@ import torch
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.layer import Layer
 from vllm_lrqk.core.step import PrefillChunk, Step
+from vllm_lrqk.devices import cpu
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.kernels import PageKernels
@@ -58,7 +59,9 @@ class LRQKLayer(Layer):
         self.host = host
         self.decoder = decoder
         self.kernels = kernels
-        self.kernels_name = kernels.name
+        head_size = host.shape[-1]
+        self.kernels_name = cpu.name_for(kernels.name, head_size)
+        self.kernels_hint = cpu.hint_for(kernels.name, self.kernels_name, head_size)
         self.scale = scale
         self.config = config
         self.counters = counters

@@ -11,7 +11,7 @@ from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.hot_rows import HotCache, HotFormat
 from vllm_lrqk.core.layer import LayerMemory, LayerPlace, LayerShape
-from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts
+from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts, StepTraffic
 from vllm_lrqk.devices import cuda_library
 from vllm_lrqk.methods.lrqk.calibrated_basis import make_basis
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedFormat, CalibratedPages
@@ -66,12 +66,20 @@ class LRQK(Method):
             check_config(config)
             self._check_cuda(model)
 
-    def _check_cuda(self, model: ModelFacts) -> None:
-        config = self.settings
+    def check_machine(self) -> None:
+        if self.device_type == "cpu":
+            return
         try:
             cuda_library.load()
         except RuntimeError as error:
             raise ConfigError(str(error)) from error
+
+    def traffic(self, plan: MemoryPlan, length: int, head_size: int, dtype: torch.dtype) -> StepTraffic:
+        rows = min(length, self.settings.attended_rows) * 2 * head_size * dtype.itemsize
+        return StepTraffic(length * plan.bytes_per_token + rows, rows if self.uses_hot_cache else 0)
+
+    def _check_cuda(self, model: ModelFacts) -> None:
+        config = self.settings
         if config.hot_cache is False:
             raise ConfigError('lrqk.hot_cache is false, but a GPU needs the hot cache: set it to "auto".')
         if config.rank > MAX_RANK:
