@@ -1,0 +1,1 @@
+"""`vllm-lrqk plan`: what a deployment has room for, from a model's configuration alone."""
