@@ -1,0 +1,1 @@
+"""`vllm-lrqk doctor`: whether this machine and this installation can serve, on one page."""
