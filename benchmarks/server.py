@@ -1,0 +1,103 @@
+"""A `vllm serve` of its own on the loopback address, and what it and its processes take."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import requests
+
+START_SECONDS = 600
+
+
+def free_port() -> int:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return own.getsockname()[1]
+
+
+class Server:
+    """A server process and its children.
+
+    Args:
+        arguments: of `vllm serve`, the model first.
+        log: file of everything that it writes.
+    """
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        port = free_port()
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        vllm = str(Path(sys.executable).with_name("vllm"))
+        command = [vllm, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=dict(os.environ)
+            )
+
+    def wait_until_ready(self) -> None:
+        """Until it answers; ends the program with its last words if it does not."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return
+            time.sleep(0.5)
+        raise SystemExit(f"The server did not start; {self.log} ends with:\n{self.log.read_text()[-3000:]}")
+
+    def memory(self) -> int:
+        """Bytes that belong to its processes alone, and their part of what they share."""
+        total = 0
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        return total
+
+    def _processes(self) -> list[psutil.Process]:
+        try:
+            own = psutil.Process(self.process.pid)
+            return [own, *own.children(recursive=True)]
+        except psutil.Error:
+            return []
+
+    def series(self) -> dict[str, float]:
+        """Samples of `/metrics` by name; those of several labels are added."""
+        found: dict[str, float] = {}
+        text = requests.get(f"{self.url}/metrics", timeout=30).text
+        for name, value in re.findall(r"^(vllm:\w+)(?:\{[^}]*\})? ([\d.eE+-]+)$", text, re.MULTILINE):
+            found[name] = found.get(name, 0.0) + float(value)
+        return found
+
+    def stop(self, seconds: float = 60) -> float:
+        """Ask it to end; seconds until it and all its children have gone."""
+        started, processes = time.monotonic(), self._processes()
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        _, alive = psutil.wait_procs(processes[1:], max(0.1, seconds - (time.monotonic() - started)))
+        took = time.monotonic() - started
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        return took
+
+
+@contextlib.contextmanager
+def running(arguments: list[str], log: Path) -> Iterator[Server]:
+    """A server that answers; it is stopped at the end if it still runs."""
+    server = Server(arguments, log)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
