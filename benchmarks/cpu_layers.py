@@ -12,6 +12,10 @@ from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_lrqk.core.host_pages import allocate_host_pages
+from vllm_lrqk.core.moments import MomentSums, mean_moments
+from vllm_lrqk.core.rotary import RotaryTable
+from vllm_lrqk.methods.lrqk.calibrated_basis import CalibratedBasis, make_basis
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedFormat, CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.kernels import Kernels
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
@@ -33,14 +37,14 @@ class Layer:
     """[B, H, d]"""
     host: torch.Tensor
     """[pages, KV, N, 2, d]"""
-    factors: FactorPages
+    factors: FactorPages | CalibratedPages
     cpu_attn_cache: torch.Tensor
     """[pages, KV, 2 N, d], the keys of a page and then its values, packed as that kernel wants them"""
     block_table: torch.Tensor
     seq_lens: torch.Tensor
 
     def clone(self) -> "Layer":
-        factors = FactorPages(self.factors.raw.clone(), self.factors.format)
+        factors = copy(self.factors, self.factors.raw.clone())
         pool, kv_heads, n, _, head_size = self.host.shape
         host = allocate_host_pages(pool, kv_heads, n, head_size, self.host.dtype)
         host.copy_(self.host)
@@ -55,18 +59,53 @@ def make_layer(
     num_pages = -(-length // n)
     pool = batch * num_pages
     host = allocate_host_pages(pool, KV_HEADS, n, HEAD_SIZE, dtype)
-    page_format = PageFormat.from_config(config, HEAD_SIZE)
-    factors = FactorPages(torch.zeros(pool, KV_HEADS, page_format.page_bytes, dtype=torch.uint8), page_format)
+    factors = empty_factors(pool, config)
     block_table = torch.randperm(pool, generator=generator).view(batch, num_pages).int()
     query = torch.empty(batch, HEADS, HEAD_SIZE, dtype=dtype)
     for request in range(batch):
         writer = TokenWriter(generator)
         for index, page in enumerate(block_table[request].tolist()):
             grams = writer.write(host[page], is_first=index == 0)
-            kernels.seal_pages(torch.tensor([page]), host, factors, grams[None], config)
+            pages, numbers = torch.tensor([page]), torch.tensor([index])
+            if isinstance(factors, CalibratedPages):
+                kernels.seal_calibrated(pages, numbers, host, factors)
+            else:
+                kernels.seal_pages(pages, host, factors, grams[None], config)
         query[request] = writer.queries(1)[0].flatten(0, 1).to(dtype)
     seq_lens = torch.full((batch,), length, dtype=torch.int32)
     return Layer(query, host, factors, pack_cache(host), block_table, seq_lens)
+
+
+def empty_factors(pool: int, config: LRQKSettings) -> FactorPages | CalibratedPages:
+    """Factor pages that nothing was written to; calibrated ones on other tokens of the same kind."""
+    if not config.is_calibrated:
+        form = PageFormat.from_config(config, HEAD_SIZE)
+        return FactorPages(torch.zeros(pool, KV_HEADS, form.page_bytes, dtype=torch.uint8), form)
+    calibrated = CalibratedFormat.from_config(config, HEAD_SIZE)
+    raw = torch.zeros(pool, KV_HEADS, calibrated.page_bytes, dtype=torch.uint8)
+    return CalibratedPages(raw, calibrated, calibrated_basis(pool, config.page_size, calibrated.rank))
+
+
+def calibrated_basis(pages: int, page_size: int, rank: int) -> CalibratedBasis:
+    """Of 16 pages of tokens, which have no positions: frames are all alike."""
+    still = torch.ones(pages * page_size, HEAD_SIZE // 2)
+    rotary = RotaryTable(still, torch.zeros_like(still), True)
+    sums = MomentSums(KV_HEADS, HEAD_SIZE, page_size, rotary, torch.device("cpu"))
+    writer = TokenWriter(torch.Generator().manual_seed(0))
+    for index in range(min(16, pages)):
+        page = torch.empty(KV_HEADS, page_size, 2, HEAD_SIZE)
+        writer.write(page, is_first=index == 0)
+        key, value = page.transpose(0, 1).unbind(2)
+        positions = torch.arange(index * page_size, (index + 1) * page_size)
+        sums.add(writer.queries(page_size).flatten(1, 2), key, value, positions)
+    return make_basis(mean_moments([sums.sums()], KV_HEADS), rank, rotary.every(page_size))
+
+
+def copy(factors: FactorPages | CalibratedPages, raw: torch.Tensor) -> FactorPages | CalibratedPages:
+    """The same factors with other memory."""
+    if isinstance(factors, CalibratedPages):
+        return CalibratedPages(raw, factors.format, factors.basis)
+    return FactorPages(raw, factors.format)
 
 
 def pack_cache(host: torch.Tensor) -> torch.Tensor:

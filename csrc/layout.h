@@ -1,23 +1,26 @@
 // Factor pages in memory, and the layout of one: one list of fields for Python, C++ and CUDA.
 //
-// vllm_lrqk/methods/lrqk/format.py owns the numbers: PageFormat has an attribute of each name. Python asks the library
-// for kPageLayoutNames and hands back the values in that order. Offsets are bytes from the page's first; the key factor
-// is at 0.
+// vllm_lrqk/methods/lrqk/format.py and calibrated_format.py own the numbers: PageFormat and CalibratedFormat have
+// attributes of these names, and what a format lacks is 0. Python asks the library for kPageLayoutNames and hands back
+// the values in that order. Offsets are bytes from the page's first; the key factor is at 0.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#define LRQK_PAGE_LAYOUT(FIELD)                    \
-  FIELD(int, rank)                                 \
-  FIELD(int, value_rank) /* 0: no linear values */ \
-  FIELD(bool, is_int8)   /* else bfloat16 */       \
-  FIELD(int64_t, page_bytes)                       \
-  FIELD(int64_t, projection_offset)                \
-  FIELD(int64_t, projection_scale_offset)          \
-  FIELD(int64_t, value_mean_offset)                \
-  FIELD(int64_t, value_projection_offset)          \
-  FIELD(int64_t, value_scale_offset)               \
+#define LRQK_PAGE_LAYOUT(FIELD)                                        \
+  FIELD(int, rank)                                                     \
+  FIELD(int, value_rank)   /* 0: no linear values */                   \
+  FIELD(bool, is_int8)     /* else bfloat16 */                         \
+  FIELD(int, leading_rank) /* calibrated factors: columns in 8 bits */ \
+  FIELD(bool, has_value_map)                                           \
+  FIELD(int64_t, page_bytes)                                           \
+  FIELD(int64_t, trailing_offset) /* the other columns, in 4 bits */   \
+  FIELD(int64_t, projection_offset)                                    \
+  FIELD(int64_t, projection_scale_offset)                              \
+  FIELD(int64_t, value_mean_offset)                                    \
+  FIELD(int64_t, value_projection_offset)                              \
+  FIELD(int64_t, value_scale_offset)                                   \
   FIELD(int64_t, key_factor_mean_offset)
 
 namespace lrqk {

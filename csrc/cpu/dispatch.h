@@ -27,6 +27,8 @@ struct KernelTable {
   struct {
     void (*decode)(const DecodeArgs&, const Parallel&);
     void (*seal)(const SealArgs&, const Parallel&);
+    void (*decode_calibrated)(const DecodeArgs&, const Parallel&);
+    void (*seal_calibrated)(const SealArgs&, const Parallel&);
   } lrqk;
 };
 

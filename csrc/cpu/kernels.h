@@ -7,6 +7,8 @@
 #include "cpu/dispatch.h"
 #include "cpu/lola/decode.h"
 #include "cpu/lola/prefill.h"
+#include "cpu/lrqk/calibrated_scorer.h"
+#include "cpu/lrqk/calibrated_seal.h"
 #include "cpu/lrqk/decode.h"
 #include "cpu/lrqk/low_rank_scorer.h"
 #include "cpu/lrqk/seal.h"
@@ -21,7 +23,10 @@ constexpr KernelTable kKernels = {
     .prefill = prefill,
     .aqua = {.decode = aqua::decode, .append = aqua::append},
     .lola = {.decode = lola::decode, .prefill = lola::prefill},
-    .lrqk = {.decode = decode<LowRankScorer>, .seal = seal},
+    .lrqk = {.decode = decode<LowRankScorer>,
+             .seal = seal,
+             .decode_calibrated = decode<CalibratedScorer>,
+             .seal_calibrated = seal_calibrated},
 };
 
 }  // namespace LRQK_ISA

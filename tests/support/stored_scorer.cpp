@@ -16,7 +16,7 @@ struct StoredScorer {
   static void with_kind(const PageLayout&, const Call& call) {
     call(0);
   }
-  static Page open(const DecodeArgs&, const Memory&, const FactorPage& page, int64_t, Fetcher&) {
+  static Page open(const DecodeArgs&, const Item&, const Memory&, int64_t, const FactorPage& page, int64_t, Fetcher&) {
     return reinterpret_cast<const float*>(page.data);
   }
   template <class Kind, int B, int V>
@@ -25,6 +25,15 @@ struct StoredScorer {
       for (int g = 0; g < B; ++g) scores[v][g] = add(load(page + n + v * W), offset[g]);
     }
   }
+
+  // Without linear values.
+  static void sum_moments(const DecodeArgs&, const Item&, Memory&, int64_t, const FactorPage&, const uint32_t*) {}
+  static void prefetch_token(const FactorPage&, int64_t, int64_t) {}
+  static void subtract_token(const DecodeArgs&, const Item&, Memory&, int64_t, const FactorPage&, int64_t,
+                             const float*) {}
+  static bool is_rough(const DecodeArgs&, const Item&, const Memory&, int64_t) { return false; }
+  static void mean_factor(const DecodeArgs&, const Item&, const Memory&, int64_t, int, float*) {}
+  static void add_values(const DecodeArgs&, const Item&, const Memory&, int64_t, int, const float*, float*) {}
 };
 
 }  // namespace portable

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_lrqk.core.step import PrefillChunk, Step
+from vllm_lrqk.core.step import FilledPages, PrefillChunk, Step
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class Layer(ABC):
             seq_lens: int32 [B], the current token included; 0 for padding, whose output is zero.
         """
 
-    def seal(self, pages: torch.Tensor) -> None:
-        """Called before the next step with the pages, int64 [M] on the device, that this step's decode tokens fill."""
+    def seal(self, filled: FilledPages) -> None:
+        """Called before the next step with the pages that this step's decode tokens fill, on the device."""
 
     def warm_up(self) -> None:
         """Compile what is compiled at first use, by steps of padding alone."""

@@ -46,6 +46,19 @@ class RotaryTable:
         alike = self.is_neox_style == other.is_neox_style
         return alike and torch.equal(self.cos, other.cos) and torch.equal(self.sin, other.sin)
 
+    def pairs(self, head_size: int) -> torch.Tensor:
+        """The dimensions of a head that are turned together, int32 [d / 2, 2]; then those that stay, in twos."""
+        half = self.cos.shape[-1]
+        turned = torch.arange(2 * half, dtype=torch.int32)
+        turned = turned.view(2, half).T if self.is_neox_style else turned.view(half, 2)
+        return torch.cat([turned, torch.arange(2 * half, head_size, dtype=torch.int32).view(-1, 2)]).contiguous()
+
+    def turns(self, head_size: int) -> torch.Tensor:
+        """Cosine and sine of each of the `pairs` at each position: float32 [positions, d / 2, 2]."""
+        turned = torch.stack([self.cos, self.sin], -1)
+        stays = torch.tensor([1.0, 0.0]).expand(len(turned), head_size // 2 - turned.shape[1], 2)
+        return torch.cat([turned, stays], 1).contiguous()
+
     def to(self, device: torch.device) -> "RotaryTable":
         return RotaryTable(self.cos.to(device), self.sin.to(device), self.is_neox_style)
 

@@ -95,9 +95,19 @@ def to_device(values: list[list[int]], device: torch.device) -> torch.Tensor:
     return host.to(device, non_blocking=True)
 
 
-def filled_pages(step: Step) -> torch.Tensor | None:
-    """Ids of the pages that the step's decode tokens fill, int64 [M] of their own; None without any."""
+@dataclass(frozen=True)
+class FilledPages:
+    """Full pages, each of another request."""
+
+    pages: torch.Tensor
+    """int64 [M], ids."""
+    numbers: torch.Tensor
+    """int64 [M], where in their requests they are, from 0."""
+
+
+def filled_pages(step: Step) -> FilledPages | None:
+    """The pages that the step's decode tokens fill, in tensors of their own; None without any."""
     if not step.filled:
         return None
     rows, indices = to_device([list(column) for column in zip(*step.filled)], step.block_table.device)
-    return step.block_table[rows, indices].long()
+    return FilledPages(step.block_table[rows, indices].long(), indices)

@@ -104,9 +104,9 @@ def serve(layer: Layer, tokens: Tokens) -> torch.Tensor:
         step = build_step([0, end - start], [end], table, torch.tensor([end], dtype=torch.int32), slots, PAGE)
         of = slice(start, end)
         layer.forward(tokens.query[of], tokens.key[of], tokens.value[of], step, own, output[of])
-        pages = filled_pages(step)
-        if pages is not None:
-            layer.seal(pages)
+        filled = filled_pages(step)
+        if filled is not None:
+            layer.seal(filled)
     return output
 
 

@@ -11,7 +11,7 @@ from vllm_lrqk.core.capture import LayerCapture
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.host_pages import allocate_host_pages
 from vllm_lrqk.core.layer import Layer, LayerMemory, LayerPlace, LayerShape
-from vllm_lrqk.core.step import Step, filled_pages
+from vllm_lrqk.core.step import FilledPages, Step, filled_pages
 from vllm_lrqk.devices.pinned import PinnedMemory, device_address, release_all, released_with
 from vllm_lrqk.integration import compat
 from vllm_lrqk.integration.report import report_of
@@ -34,7 +34,7 @@ class Worker:
         self._impls = [vllm_config.compilation_config.static_forward_context[name].impl for name in layer_names]
         self.num_layers = len(layer_names)
         self.counters = Counters(self.engine.method.tallies, len(layer_names), device)
-        self._filled: torch.Tensor | None = None
+        self._filled: FilledPages | None = None
         self._pinned = released_with(self)
         self._rank = vllm_config.parallel_config.rank
         self._world_size = vllm_config.parallel_config.world_size

@@ -10,12 +10,23 @@ namespace lrqk {
 
 constexpr int kMaxRank = 512;
 
+// The basis of calibrated factors. Pairs are the dimensions that RoPE turns together.
+struct CalibratedBasis {
+  const float* query;    // X [KV, d / 2, 2, r], by pairs
+  const float* key;      // Y [KV, d / 2, 2, r], likewise
+  const float* value;    // [KV, r, d], the calibrated value map
+  const int32_t* pairs;  // [d / 2, 2]
+  const float* frames;   // [pages, d / 2, 2], cosine and sine of each pair at a page's first position
+  const int32_t* turns;  // [pages + 12 or more, d / 2], the same as two int16, in units of 1 / 32767
+};
+
 struct DecodeArgs {
   const void* query;  // [B, H, d]
   int64_t query_request_stride, query_head_stride;
   HostPages host;  // unused by select
   FactorPages factors;
   PageLayout layout;
+  CalibratedBasis basis;       // of calibrated factors
   const int32_t* block_table;  // [B, P]
   int64_t block_table_stride;
   const int32_t* seq_lens;  // [B]
@@ -42,7 +53,9 @@ struct SealArgs {
   HostPages host;
   FactorPages factors;
   PageLayout layout;
-  const float* gram_q;  // [M, KV, d, d] contiguous, or null for the identity
+  CalibratedBasis basis;        // of calibrated factors
+  const int64_t* page_numbers;  // [M], where in their requests the pages are; of calibrated factors
+  const float* gram_q;          // [M, KV, d, d] contiguous, or null for the identity
   int64_t num_pages, kv_heads, head_size, page_size;
   int iterations;
   float lambda_q, lambda_k;

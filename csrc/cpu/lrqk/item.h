@@ -40,7 +40,6 @@ struct Item {
   uint32_t* weights;      // [num_pages, N / W, pairs, W], 2^(score - reference), two bfloat16 to a word
   float* reference;       // [G, padded_pages], the head's log-sum-exp over the pages before, roughly
   float* page_sum;        // [G, padded_pages], of `weights`; later without the selected tokens
-  float* moment;          // [num_pages, G, padded_value_rank], leading key factors summed with `weights`; likewise
   float* coefficient;     // [G, padded_pages], 2^(reference - log-sum-exp over all pages)
   float* group_weight;    // [num_pages, N], softmax weights summed over the heads; -1 where no candidate
   float* peaks;           // [num_pages, N / peak_span], largest of each peak_span tokens
@@ -113,7 +112,6 @@ inline void carve(const DecodeArgs& a, ScoredItem<Scorer>& item, Carver& carver)
   item.weights = carver.take<uint32_t>(item.pairs * tokens);
   item.reference = carver.take<float>(group * item.padded_pages);
   item.page_sum = carver.take<float>(group * item.padded_pages);
-  item.moment = carver.take<float>(item.num_pages * group * item.padded_value_rank);
   item.coefficient = carver.take<float>(group * item.padded_pages);
   item.group_weight = carver.take<float>(tokens);
   item.peaks = carver.take<float>(tokens / item.peak_span);
@@ -134,6 +132,17 @@ template <class T>
 inline const T* query_heads(const DecodeArgs& a, const Item& item) {
   return static_cast<const T*>(a.query) + item.request * a.query_request_stride +
          item.kv_head * group_of(a) * a.query_head_stride;
+}
+
+// The same as float32 [G, d], natural order.
+inline void load_heads(const DecodeArgs& a, const Item& item, float* out) {
+  with_type(a.dtype, [&](auto tag) {
+    const auto* heads = query_heads<typename decltype(tag)::type>(a, item);
+    for (int g = 0; g < group_of(a); ++g) {
+      const auto* head = heads + g * a.query_head_stride;
+      for (int64_t i = 0; i < a.head_size; i += W) store(out + g * a.head_size + i, load(head + i));
+    }
+  });
 }
 
 inline FactorPage factor_page(const DecodeArgs& a, const Item& item, int64_t page) {

@@ -6,16 +6,26 @@
 //   carve, prepare     which take that memory, and fill it from the query
 //   page_bytes         how many bytes it reads from a page's begin
 //   with_kind          calls with a type that says how pages are stored, which scan.h compiles for
-//   Page, open         one page, ready to be scored by the thread that scans `range`
+//   Page, open         page p of the item, ready to be scored by the thread that scans `range`
 //   kVectors           how many vectors of tokens are best scored together
 //   score              scores of V vectors of tokens from n on, for B heads from g0 on, each plus an offset of its
 //                      head; calls fetcher.step() between other work
+//
+// and, for the linear values of what is left,
+//
+//   sum_moments        sums a page's key factors with the weights of the scan
+//   subtract_token     takes a token out of its page's sums; prefetch_token fetches what that reads
+//   is_rough           whether little is left of a page, so that it has to be summed again without what was taken out
+//   mean_factor        the mean key factor of what is left of a page
+//   add_values         what it adds to the values of some pages
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "cpu/lrqk/item.h"
+#include "cpu/lrqk/linear_values.h"
+#include "cpu/lrqk/moment.h"
 #include "cpu/lrqk/project.h"
 #include "cpu/lrqk/score.h"
 
@@ -29,6 +39,7 @@ struct LowRankScorer {
     int32_t* words;  // [ranges, G, padded_rank], the query projected on the page at hand
     float* unit;     // [ranges, G]
     int padded_rank;
+    float* moment;  // [num_pages, G, padded_value_rank], leading key factors summed with the weights of the scan
   };
   struct Page {
     FactorPage factors;
@@ -43,18 +54,12 @@ struct LowRankScorer {
     memory.query = {carver.take<int16_t>(query), carver.take<float>(query), carver.take<float>(group)};
     memory.words = carver.take<int32_t>(item.ranges * group * memory.padded_rank);
     memory.unit = carver.take<float>(item.ranges * group);
+    memory.moment = carver.take<float>(item.num_pages * group * item.padded_value_rank);
   }
 
   static void prepare(const DecodeArgs& a, const Item& item, Memory& memory) {
-    const int group = group_of(a);
-    with_type(a.dtype, [&](auto tag) {
-      const auto* heads = query_heads<typename decltype(tag)::type>(a, item);
-      for (int g = 0; g < group; ++g) {
-        const auto* head = heads + g * a.query_head_stride;
-        for (int64_t i = 0; i < a.head_size; i += W) store(memory.heads + g * a.head_size + i, load(head + i));
-      }
-    });
-    prepare_proxy_query(memory.heads, group, a.head_size, a.scale, a.layout.is_int8, memory.query);
+    load_heads(a, item, memory.heads);
+    prepare_proxy_query(memory.heads, group_of(a), a.head_size, a.scale, a.layout.is_int8, memory.query);
   }
 
   static int64_t page_bytes(const PageLayout& layout) { return layout.value_mean_offset; }
@@ -68,8 +73,8 @@ struct LowRankScorer {
     }
   }
 
-  static Page open(const DecodeArgs& a, const Memory& memory, const FactorPage& factors, int64_t range,
-                   Fetcher& fetcher) {
+  static Page open(const DecodeArgs& a, const Item&, const Memory& memory, int64_t, const FactorPage& factors,
+                   int64_t range, Fetcher& fetcher) {
     const int64_t group = group_of(a);
     const Projected z = {memory.words + range * group * memory.padded_rank, memory.unit + range * group,
                          memory.padded_rank};
@@ -87,6 +92,40 @@ struct LowRankScorer {
     } else {
       score_bf16<B, V>(page.factors, page.z, g0, page_size, n, offset, fetcher, scores);
     }
+  }
+
+  static float* moment_of(const DecodeArgs& a, const Item& item, const Memory& memory, int64_t p) {
+    return memory.moment + p * group_of(a) * item.padded_value_rank;
+  }
+
+  static void sum_moments(const DecodeArgs& a, const Item& item, Memory& memory, int64_t p, const FactorPage& factors,
+                          const uint32_t* weights) {
+    page_moments(factors, weights, group_of(a), item.pairs, a.page_size, item.padded_value_rank,
+                 moment_of(a, item, memory, p));
+  }
+
+  static void prefetch_token(const FactorPage& factors, int64_t n, int64_t page_size) {
+    factors.prefetch_token(n, page_size);
+  }
+
+  static void subtract_token(const DecodeArgs& a, const Item& item, Memory& memory, int64_t p,
+                             const FactorPage& factors, int64_t n, const float* weights) {
+    lrqk::LRQK_ISA::subtract_token(factors, n, a.page_size, weights, group_of(a), item.padded_value_rank,
+                                   moment_of(a, item, memory, p));
+  }
+
+  static bool is_rough(const DecodeArgs&, const Item&, const Memory&, int64_t) { return false; }
+
+  static void mean_factor(const DecodeArgs& a, const Item& item, const Memory& memory, int64_t p, int g, float* out) {
+    const float* moment = moment_of(a, item, memory, p) + g * item.padded_value_rank;
+    const float left = item.page_sum[g * item.padded_pages + p];
+    for (int j = 0; j < a.layout.value_rank; ++j) out[j] = moment[j] / left;
+  }
+
+  static void add_values(const DecodeArgs& a, const Item& item, const Memory& memory, int64_t begin, int count,
+                         const float* weights, float* acc) {
+    const auto add = a.layout.is_int8 ? add_linear_values<i8> : add_linear_values<bf16>;
+    add(a, item, memory.moment, begin, count, weights, acc);
   }
 };
 

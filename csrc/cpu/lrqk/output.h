@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/attend.h"
 #include "cpu/lrqk/item.h"
@@ -11,7 +12,8 @@ namespace lrqk {
 namespace LRQK_ISA {
 
 // Part `part` of an item's partials: first those of rows, then those of pages.
-inline void attend_part(const DecodeArgs& a, const Item& item, int64_t part) {
+template <class Scorer>
+inline void attend_part(const DecodeArgs& a, const ScoredItem<Scorer>& item, int64_t part) {
   const Partial& out = item.partials[part];
   if (part >= item.row_parts) {
     const int64_t first = (part - item.row_parts) * kPartPages;
@@ -45,7 +47,8 @@ inline void write_output(const DecodeArgs& a, const Item& item) {
   });
 }
 
-inline void write_selection(const DecodeArgs& a, const Item& item) {
+template <class Scorer>
+inline void write_selection(const DecodeArgs& a, const ScoredItem<Scorer>& item) {
   const int64_t group = group_of(a), rank = a.layout.value_rank;
   int32_t* positions = a.positions + (item.request * a.kv_heads + item.kv_head) * a.capacity;
   for (int64_t i = 0; i < a.capacity; ++i) positions[i] = i < item.num_positions ? item.positions[i] : -1;
@@ -58,9 +61,12 @@ inline void write_selection(const DecodeArgs& a, const Item& item) {
       a.residual[first + p] =
           left > 0.0f ? item.reference[g * item.padded_pages + p] / kLog2e + __builtin_logf(left) : -__builtin_inff();
       if (!a.moment) continue;
-      const float* moment = item.moment + (p * group + g) * item.padded_value_rank;
       float* out = a.moment + (first + p) * rank;
-      for (int64_t j = 0; j < rank; ++j) out[j] = left > 0.0f ? moment[j] / left : 0.0f;
+      if (left > 0.0f) {
+        Scorer::mean_factor(a, item, item.scorer, p, static_cast<int>(g), out);
+      } else {
+        std::memset(out, 0, rank * sizeof(float));
+      }
     }
   }
 }

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "cpu/lrqk/moment.h"
 #include "cpu/lrqk/prepare.h"
 
 namespace lrqk {
@@ -113,7 +112,7 @@ inline void scan_page(const DecodeArgs& a, ScoredItem<Scorer>& item, int64_t p, 
   const int64_t n = a.page_size;
   const FactorPage factors = factor_page(a, item, p);
   Fetcher fetcher(next, Scorer::page_bytes(a.layout));
-  const typename Scorer::Page page = Scorer::open(a, item.scorer, factors, range, fetcher);
+  const typename Scorer::Page page = Scorer::open(a, item, item.scorer, p, factors, range, fetcher);
 
   const Span span = candidates_of(a, item, p);
   float valid[kMaxPageSize];
@@ -145,10 +144,7 @@ inline void scan_page(const DecodeArgs& a, ScoredItem<Scorer>& item, int64_t p, 
     item.page_sum[g * item.padded_pages + p] = totals[g];
   }
   running.add(group, reference, totals);
-  if (item.padded_value_rank) {
-    page_moments(factors, weights, group, item.pairs, n, item.padded_value_rank,
-                 item.moment + p * group * item.padded_value_rank);
-  }
+  if (item.padded_value_rank) Scorer::sum_moments(a, item, item.scorer, p, factors, weights);
 }
 
 template <class Scorer>

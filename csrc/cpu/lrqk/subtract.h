@@ -4,15 +4,15 @@
 #include <cstdint>
 
 #include "cpu/lrqk/item.h"
-#include "cpu/lrqk/moment.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
 
 constexpr int kTokensAhead = 16;  // whose key factors are fetched meanwhile
 
-// Takes the selected tokens out of the page sums and moment of one range.
-inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
+// Takes the selected tokens out of the page sums and moments of one range.
+template <class Scorer>
+inline void subtract_range(const DecodeArgs& a, ScoredItem<Scorer>& item, int64_t range) {
   const int group = group_of(a);
   const int64_t n = a.page_size, first = range * item.range_pages * n;
   const int64_t stop = min(item.num_pages, (range + 1) * item.range_pages) * n;
@@ -33,11 +33,11 @@ inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
     };
     float taken[kMaxGroup + 1] = {}, now[kMaxGroup + 1];
     const FactorPage factors = factor_page(a, item, page);
-    float* moment = item.padded_value_rank ? item.moment + page * group * item.padded_value_rank : nullptr;
+    const bool has_moments = item.padded_value_rank > 0;
     for (; i < item.num_selected && item.positions[i] >> a.page_shift == page; ++i) {
-      if (moment && i + kTokensAhead < item.num_selected) {
+      if (has_moments && i + kTokensAhead < item.num_selected) {
         const int64_t position = item.positions[i + kTokensAhead];
-        factor_page(a, item, position >> a.page_shift).prefetch_token(position & (n - 1), n);
+        Scorer::prefetch_token(factor_page(a, item, position >> a.page_shift), position & (n - 1), n);
       }
       const uint32_t* both = at(item.positions[i]);
       for (int pair = 0; pair < item.pairs; ++pair) {
@@ -46,9 +46,17 @@ inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
         taken[2 * pair] += now[2 * pair];
         taken[2 * pair + 1] += now[2 * pair + 1];
       }
-      if (moment) subtract_token(factors, item.positions[i] & (n - 1), n, now, group, item.padded_value_rank, moment);
+      if (has_moments) {
+        Scorer::subtract_token(a, item, item.scorer, page, factors, item.positions[i] & (n - 1), now);
+      }
     }
     bool is_cleared = false;
+    const auto clear_taken = [&] {
+      for (int64_t k = begin; !is_cleared && k < i; ++k) {
+        for (int pair = 0; pair < item.pairs; ++pair) at(item.positions[k])[pair * W] = 0;
+      }
+      is_cleared = true;
+    };
     for (int g = 0; g < group; ++g) {
       float& left = item.page_sum[g * item.padded_pages + page];
       if (taken[g] <= left * (1.0f - 0x1p-6f)) {
@@ -56,10 +64,7 @@ inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
         continue;
       }
       // The difference would lose many digits: add up what is left.
-      for (int64_t k = begin; !is_cleared && k < i; ++k) {
-        for (int pair = 0; pair < item.pairs; ++pair) at(item.positions[k])[pair * W] = 0;
-      }
-      is_cleared = true;
+      clear_taken();
       F total = zero();
       for (int64_t k = 0; k < n / W; ++k) {
         const I both = load_words(weights + (k * item.pairs + g / 2) * W);
@@ -67,7 +72,9 @@ inline void subtract_range(const DecodeArgs& a, Item& item, int64_t range) {
       }
       left = reduce_sum(total);
     }
-    if (is_cleared && moment) page_moments(factors, weights, group, item.pairs, n, item.padded_value_rank, moment);
+    if (!has_moments) continue;
+    if (Scorer::is_rough(a, item, item.scorer, page)) clear_taken();
+    if (is_cleared) Scorer::sum_moments(a, item, item.scorer, page, factors, weights);
   }
 }
 

@@ -63,6 +63,7 @@ inline I round_to_int(F a) { return _mm256_cvtps_epi32(a); }
 inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
 inline I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
 inline I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
+inline I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
 template <int n>
 inline I shift_left(I a) {
   return _mm256_slli_epi32(a, n);
@@ -85,6 +86,17 @@ inline I shift_right_16(I a) {
 }
 inline I swap_pairs(I a) { return _mm256_shuffle_epi32(a, 0x4e); }
 inline I dot(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+inline I transpose_bytes(I a) {
+  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(order));
+}
+inline I spread_bytes(const uint8_t* p) {
+  const I order = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  return _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i*)p)), order);
+}
+inline void store_quad_sums(int32_t* p, I a) {
+  _mm_storeu_si128((__m128i*)p, _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
+}
 
 inline I load_words(const void* p) { return _mm256_loadu_si256((const I*)p); }
 inline void store_words(void* p, I a) { _mm256_storeu_si256((I*)p, a); }
@@ -97,7 +109,10 @@ inline __m128i low_16(I a) {
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
 inline void store_low_16(void* p, I a) { _mm_storeu_si128((__m128i*)p, low_16(a)); }
-inline void store_low_8(void* p, I a) { _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(low_16(a), low_16(a))); }
+inline void store_low_8(void* p, I a) {
+  const __m128i low = _mm_and_si128(low_16(a), _mm_set1_epi16(0xff));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(low, low));
+}
 
 inline F reduce_sum_each(const F* a) {
   F quad[2];

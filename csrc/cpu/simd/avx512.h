@@ -10,6 +10,7 @@
 #define LRQK_ISA avx512
 #define LRQK_NATIVE_COMPRESS
 #define LRQK_NATIVE_POWER
+#define LRQK_NATIVE_DOT_BYTES
 
 namespace lrqk {
 namespace avx512 {
@@ -66,6 +67,7 @@ inline I round_to_int(F a) { return _mm512_cvtps_epi32(a); }
 inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
 inline I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+inline I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
 template <int n>
 inline I shift_left(I a) {
   return _mm512_slli_epi32(a, n);
@@ -90,6 +92,22 @@ inline I swap_pairs(I a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_E
 inline I dot(I acc, I a, I b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));  // GCC 12 copies the accumulator of the intrinsic
   return acc;
+}
+inline I dot_bytes(I acc, I a, I b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+}
+inline I transpose_bytes(I a) {
+  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(order));
+}
+inline I spread_bytes(const uint8_t* p) {
+  const I order = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_epi32(order, _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
+}
+inline void store_quad_sums(int32_t* p, I a) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  _mm_storeu_si128((__m128i*)p, _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 }
 
 inline I load_words(const void* p) { return _mm512_loadu_si512(p); }

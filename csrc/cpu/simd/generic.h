@@ -12,11 +12,15 @@
 //   load store         W elements of float or fp16 (here: bf16), as floats
 //   ge(a, b)           a >= b                                bits(m)    one bit per lane
 //   if_then_else(m, yes, no)                                 count_if(count, m)   count + 1 where m
-//   zero_int set_int add bit_and bit_or                      on int32
+//   zero_int set_int add bit_and bit_or bit_xor              on int32
 //   shift_left<n> shift_right<n> shift_right_logical<n>      of int32; shift_left_16<n> shift_right_16<n> of int16
 //   to_bits from_bits  the same bits as I, as F              to_float round_to_int   convert; to nearest even
 //   swap_pairs         of each four int32 the first two with the last two
 //   dot(acc, a, b)     acc + the sums of two neighbouring int16 products
+//   dot_bytes(acc, a, b)             acc + the sums of four neighbouring products of uint8 in a and int8 in b
+//   transpose_bytes                  of each four words, as a 4 x 4 matrix of bytes
+//   spread_bytes                     W bytes, each four of them four times: words 4 i ... 4 i + 3 have bytes 4 i ... 4 i + 3
+//   store_quad_sums(p, a)            p[k] is the sum of the words k, 4 + k, 8 + k, ... of a
 //   load_words store_words           any 4 W bytes
 //   widen_16 widen_8                 W uint16 as int32, 2 W int8 as int16
 //   store_low_16 store_low_8         the low bits of each int32, side by side
@@ -45,6 +49,7 @@ inline void store(bf16* p, F a) {
 }
 inline void store_int16(int16_t* p, F a) { store_low_16(p, round_to_int(a)); }
 inline void store_int8(int8_t* p, F a) { store_low_8(p, round_to_int(a)); }
+inline void store_uint8(uint8_t* p, F a) { store_low_8(p, round_to_int(a)); }
 
 // 2 W elements in an order of the type's own, which pair_index tells.
 template <class T>
@@ -71,6 +76,14 @@ constexpr int pair_index(const bf16*, int half, int lane) { return 2 * lane + ha
 // The int8 at even and at odd places of each int16.
 inline I even_bytes(I a) { return shift_right_16<8>(shift_left_16<8>(a)); }
 inline I odd_bytes(I a) { return shift_right_16<8>(a); }
+#ifndef LRQK_NATIVE_DOT_BYTES
+inline I dot_bytes(I acc, I a, I b) {
+  const I low = set_int(0x00ff00ff);
+  acc = dot(acc, bit_and(a, low), even_bytes(b));
+  return dot(acc, bit_and(shift_right_16<8>(a), low), odd_bytes(b));
+}
+#endif
+
 // The int8 at place k of each word.
 template <int k>
 inline F byte_to_float(I a) {

@@ -41,6 +41,7 @@ inline F to_float(I a) { return __builtin_convertvector(a, F); }
 inline I add(I a, I b) { return a + b; }
 inline I bit_and(I a, I b) { return a & b; }
 inline I bit_or(I a, I b) { return a | b; }
+inline I bit_xor(I a, I b) { return a ^ b; }
 template <int n>
 inline I shift_left(I a) {
   return a << n;
@@ -63,6 +64,17 @@ inline I shift_right_16(I a) {
 }
 inline I swap_pairs(I a) { return I{a[2], a[3], a[0], a[1]}; }
 inline I dot(I acc, I a, I b) { return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16); }
+inline I transpose_bytes(I a) {
+  uint8_t from[16], to[16];
+  std::memcpy(from, &a, sizeof(a));
+  for (int i = 0; i < 16; ++i) to[i] = from[i % 4 * 4 + i / 4];
+  return load_bytes<I>(to);
+}
+inline I spread_bytes(const uint8_t* p) {
+  const int32_t word = load_bytes<int32_t>(p);
+  return set_int(word);
+}
+inline void store_quad_sums(int32_t* p, I a) { std::memcpy(p, &a, sizeof(a)); }
 
 inline I load_words(const void* p) { return load_bytes<I>(p); }
 inline void store_words(void* p, I a) { std::memcpy(p, &a, sizeof(a)); }

@@ -38,7 +38,7 @@ ROPE = RotaryTable.from_base(1e4, D, 1024)
 def test_offsets_are_pinned(page_format, offsets, bytes_per_token):
     """Kernels rely on these; 256 * 16 = 4096 bytes of leading A, half as many of trailing A."""
     f = page_format
-    found = (f.trailing_offset, f.scale_offset, f.value_mean_offset, f.key_factor_mean_offset)
+    found = (f.trailing_offset, f.projection_scale_offset, f.value_mean_offset, f.key_factor_mean_offset)
     assert (*found, f.value_projection_offset, f.value_scale_offset) == offsets
     assert f.bytes_per_token == bytes_per_token
 

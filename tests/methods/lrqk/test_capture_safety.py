@@ -15,7 +15,7 @@ from served_layers import ServedLayers  # noqa: E402
 
 from vllm_lrqk.core.counters import Counters  # noqa: E402
 from vllm_lrqk.core.prefill import flash_attention  # noqa: E402
-from vllm_lrqk.core.step import Step, filled_pages  # noqa: E402
+from vllm_lrqk.core.step import FilledPages, Step, filled_pages  # noqa: E402
 from vllm_lrqk.devices import cuda_prefill, triton_parts  # noqa: E402
 from vllm_lrqk.methods.lrqk import triton_attend  # noqa: E402
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath  # noqa: E402
@@ -124,11 +124,12 @@ def test_what_happens_between_steps_does_not_wait(layers: ServedLayers) -> None:
     layers.replay(step)
     counters = Counters(("rows_hit", "rows_missed"), 1, torch.device("cpu"))
     with no_waits(may_allocate=True):
-        pages = filled_pages(step)
+        filled = filled_pages(step)
         layers.seal(layers.capture(1))
         counters.start_copy(torch.tensor(7))
-    assert pages is not None
-    assert pages.tolist() == request.pages[1:]
+    assert filled is not None
+    assert filled.pages.tolist() == request.pages[1:]
+    assert filled.numbers.tolist() == [1]
     assert layers.layer.counters.pages_sealed == 2
     prompt = layers.prepare([(layers.admit(), 40)])
     with no_waits(may_allocate=True):
@@ -141,7 +142,7 @@ def test_sealing_by_eigenvectors_waits() -> None:
     layers = ServedLayers(emulated_operators(), replace(CONFIG, factorization="key_pca"), torch.device("cpu"))
     layers.layer.host[1] = 1.0
     with pytest.raises(Waited, match="eigh"), no_waits(may_allocate=True):
-        layers.layer.seal(torch.tensor([1]))
+        layers.layer.seal(FilledPages(torch.tensor([1]), torch.tensor([0])))
 
 
 def test_counts_arrive_once() -> None:

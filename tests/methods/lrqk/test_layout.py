@@ -5,6 +5,7 @@ import torch
 from cpu_kernel_cases import INSTRUCTION_SETS, make_layer
 
 from vllm_lrqk.devices.cpu import INSTRUCTION_SETS as ALL_SETS
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedFormat
 from vllm_lrqk.methods.lrqk.format import PageFormat
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
@@ -16,26 +17,30 @@ def names() -> list[str]:
     return torch.ops.vllm_lrqk.cpu_page_layout_names().rstrip(",").split(",")
 
 
-def test_every_field_is_an_attribute_of_the_format() -> None:
-    f = PageFormat(256, 128, 16, torch.int8, 8)
-    values = dict(zip(names(), f.layout_values(",".join(names()))))
-    assert values["rank"] == 16
-    assert values["value_rank"] == 8
-    assert values["is_int8"] == 1
-    assert values == {name: getattr(f, name) for name in names()}
-    offsets = [value for name, value in values.items() if name.endswith("_offset")]
-    assert len(set(offsets)) == len(offsets) == 6
-    assert max(offsets) < values["page_bytes"]
+@pytest.mark.parametrize(
+    ("page_format", "lacks", "offsets"),
+    [
+        (PageFormat(256, 128, 16, torch.int8, 8), {"leading_rank", "has_value_map", "trailing_offset"}, 6),
+        (CalibratedFormat(256, 128), {"projection_offset"}, 6),
+    ],
+)
+def test_every_field_is_an_attribute_of_a_format(page_format, lacks, offsets) -> None:
+    values = dict(zip(names(), page_format.layout_values(",".join(names()))))
+    assert {name for name in names() if not hasattr(page_format, name)} == lacks
+    assert values == {name: getattr(page_format, name, 0) for name in names()}
+    found = [value for name, value in values.items() if name.endswith("_offset") and name not in lacks]
+    assert len(set(found)) == len(found) == offsets
+    assert max(found) < values["page_bytes"]
 
 
 def select(layout: list[int], head_size: int = 64) -> None:
     layer = make_layer([40], CONFIG)
     query = torch.zeros(1, 8, head_size)
     rows = torch.empty(1, 2, 64, dtype=torch.int32)
-    torch.ops.vllm_lrqk.cpu_select(
-        query, layer.factors.raw, layer.block_table, layer.seq_lens, 0.1, layout, 16, 16, 1.0, 16, 0, rows, None, None,
-        ALL_SETS.index("portable"),
-    )  # fmt: skip
+    sizes = 16, 16, 1.0, 16, 0
+    pages = layer.factors.raw, layer.block_table, layer.seq_lens
+    index = ALL_SETS.index("portable")
+    torch.ops.vllm_lrqk.cpu_select(query, *pages, 0.1, layout, *sizes, [], rows, None, None, index)
 
 
 def layout_with(**changes: int) -> list[int]:
@@ -63,7 +68,7 @@ def test_layout_that_does_not_fit_is_named(changes: dict[str, int], words: str) 
 
 
 def test_short_layout_is_told_its_fields() -> None:
-    with pytest.raises(RuntimeError, match=r"page_layout must have 10 values: rank,value_rank"):
+    with pytest.raises(RuntimeError, match=r"page_layout must have 13 values: rank,value_rank"):
         select(layout_with()[:-1])
 
 

@@ -1,6 +1,7 @@
 """The calibrated basis of a layer: one pair of projections per KV head for all pages, in the page's frame."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -13,6 +14,11 @@ LEAST_EIGENVALUE = 1e-7
 """Of the largest, for square roots of moments."""
 VALUE_RIDGE = 1e-4
 """Of the mean diagonal, for the value map."""
+
+TURN = 32767
+"""What 1 is in the kernels' table of cosines and sines."""
+SPARE_PAGES = 16
+"""At its end: kernels project a query on a few pages at once."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,16 @@ class CalibratedBasis:
     """float32 [KV, r, d], the calibrated value map: v_n - mean follows (A_n - mean) times this."""
     frames: RotaryTable
     """Of pages: its position i is that of the first token of a request's page i."""
+
+    @cached_property
+    def kernel_tensors(self) -> list[torch.Tensor]:
+        """What csrc/cpu/lrqk/args.h calls a CalibratedBasis: rows of both projections by pairs of dimensions."""
+        head_size = self.query.shape[1]
+        pairs, frames = self.frames.pairs(head_size), self.frames.turns(head_size)
+        query, key = (x[:, pairs.long()].contiguous() for x in (self.query, self.key))
+        rounded = (frames * TURN).round().to(torch.int16)
+        rounded = torch.cat([rounded, rounded.new_zeros(SPARE_PAGES, *rounded.shape[1:])])
+        return [query, key, self.value.contiguous(), pairs, frames, rounded.view(torch.int32)[..., 0].contiguous()]
 
 
 def make_basis(moments: Moments, rank: int, frames: RotaryTable) -> CalibratedBasis:

@@ -14,22 +14,24 @@ X and p0, the page's first position, are not in the page: X is the layer's, and 
 frame (see `core/rotary.py`). With a value map of the page's own two sections follow key_factor_mean:
 
     | value_projection W | value_scale |
-    | [r, d/2]           | [r]         |
+    | [r/4, d/2, 4]      | [r]         |
     | two int4           | bfloat16    |
 
     estimate of the value of token n:  v~_n = value_mean + sum_j (A_nj - key_factor_mean_j) * value_scale_j * W_j
 
 Without them value_scale_j W_j is the layer's, times scale_j. A byte of two int4 has the first in its low half; stored
 is the number plus 8. Of a 4-byte word of trailing A the low halves are columns 8 w ... 8 w + 3 and the high halves
-columns 8 w + 4 ... 8 w + 7; of a byte i of W they are dimensions i and d/2 + i. Every section starts at a multiple
-of 64 bytes.
+columns 8 w + 4 ... 8 w + 7; of a word i of W, which has four columns, they are dimensions i and d/2 + i. Every section
+starts at a multiple of 64 bytes.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from vllm_lrqk.methods.lrqk.calibrated_basis import CalibratedBasis
+from vllm_lrqk.methods.lrqk.format import layout_values
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 ALIGNMENT = 64
@@ -58,11 +60,21 @@ class CalibratedFormat:
     leading_rank: int = 16
     trailing_rank: int = 16
     has_value_map: bool = True
+    has_linear_values: bool = True
+    """Values follow the key factors, by a map of each page's own or by the calibration's."""
 
     @classmethod
     def from_config(cls, config: LRQKSettings, head_size: int) -> "CalibratedFormat":
         """The format of a layer with this head size."""
-        return cls(config.page_size, head_size, config.rank, config.rank, config.value_map == "page")
+        is_linear = config.residual == "linear"
+        has_map = is_linear and config.value_map == "page"
+        return cls(config.page_size, head_size, config.rank, config.rank, has_map, is_linear)
+
+    is_int8: ClassVar[bool] = True
+
+    def layout_values(self, names: str) -> list[int]:
+        """As `PageFormat.layout_values`."""
+        return layout_values(self, names)
 
     @property
     def rank(self) -> int:
@@ -70,20 +82,20 @@ class CalibratedFormat:
 
     @property
     def value_rank(self) -> int:
-        """Columns that values are estimated from: all."""
-        return self.rank
+        """Columns that values are estimated from: all, or none."""
+        return self.rank if self.has_linear_values else 0
 
     @property
     def trailing_offset(self) -> int:
         return _align(self.page_size * self.leading_rank)
 
     @property
-    def scale_offset(self) -> int:
+    def projection_scale_offset(self) -> int:
         return self.trailing_offset + _align(self.page_size * self.trailing_rank // 2)
 
     @property
     def value_mean_offset(self) -> int:
-        return self.scale_offset + _align(self.rank * 2)
+        return self.projection_scale_offset + _align(self.rank * 2)
 
     @property
     def key_factor_mean_offset(self) -> int:
@@ -139,7 +151,7 @@ class CalibratedPages:
             -1, (f.trailing_rank // 8, f.page_size, 4)
         )
         """uint8 [num_pages, kv_heads, (r - l) / 8, page_size, 4]"""
-        self.projection_scale = view(f.scale_offset, f.rank, torch.bfloat16)
+        self.projection_scale = view(f.projection_scale_offset, f.rank, torch.bfloat16)
         """bfloat16 [num_pages, kv_heads, rank]"""
         self.value_mean = view(f.value_mean_offset, f.head_size, torch.bfloat16)
         """bfloat16 [num_pages, kv_heads, head_size]"""
@@ -148,8 +160,8 @@ class CalibratedPages:
         if f.has_value_map:
             self.packed_value_projection = view(
                 f.value_projection_offset, f.rank * f.head_size // 2, torch.uint8
-            ).unflatten(-1, (f.rank, f.head_size // 2))
-            """uint8 [num_pages, kv_heads, rank, head_size / 2]"""
+            ).unflatten(-1, (f.rank // 4, f.head_size // 2, 4))
+            """uint8 [num_pages, kv_heads, rank / 4, head_size / 2, 4]"""
             self.value_scale = view(f.value_scale_offset, f.rank, torch.bfloat16)
             """bfloat16 [num_pages, kv_heads, rank]"""
 
@@ -174,7 +186,13 @@ class CalibratedPages:
 
     def value_projection(self, pages: torch.Tensor) -> torch.Tensor:
         """Value maps W of some pages: int8 [*pages.shape, kv_heads, rank, head_size], a copy."""
-        return torch.cat(unpack_int4(self.packed_value_projection[pages]), -1)
+        low, high = unpack_int4(self.packed_value_projection[pages].transpose(-2, -1).flatten(-3, -2))
+        return torch.cat([low, high], -1)
+
+    def write_value_projection(self, pages: torch.Tensor, projection: torch.Tensor) -> None:
+        """Store value maps int8 [M, kv_heads, rank, head_size] of distinct pages."""
+        low, high = projection.chunk(2, -1)
+        self.packed_value_projection[pages] = pack_int4(low, high).unflatten(-2, (-1, 4)).transpose(-2, -1)
 
     def value_map(self, pages: torch.Tensor) -> torch.Tensor:
         """What a step of each column of A adds to a value: float32 [*pages.shape, kv_heads, rank, head_size]."""

@@ -1,16 +1,12 @@
-"""One attention layer of LRQK with calibrated factors, in the plain torch form."""
-
-from dataclasses import replace
+"""One attention layer of LRQK with calibrated factors."""
 
 import torch
 
 from vllm_lrqk.core.calibration import CalibrationFile
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.method import ModelFacts
-from vllm_lrqk.core.step import PrefillChunk
-from vllm_lrqk.methods.lrqk import torch_ops
+from vllm_lrqk.core.step import FilledPages, PrefillChunk
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
-from vllm_lrqk.methods.lrqk.calibrated_seal import seal_pages
 from vllm_lrqk.methods.lrqk.kernels import Kernels
 from vllm_lrqk.methods.lrqk.layer import LRQKLayer
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
@@ -41,17 +37,10 @@ def check_calibration(file: CalibrationFile, config: LRQKSettings, model: ModelF
         )
 
 
-def calibrated_kernels(kernels: Kernels) -> Kernels:
-    """Kernels of a device, and the plain torch forms of what reads factors."""
-    plain = torch_ops.kernels()
-    return replace(kernels, name="torch", select=plain.select, decode_attention=plain.decode_attention)
-
-
 class CalibratedLayer(LRQKLayer):
     """Seals pages by where they are in their request; the queries at hand do not matter."""
 
-    _numbers: torch.Tensor | None = None
-    """int64 [M], where in their requests the pages are that the last step's decode tokens fill."""
+    kernels: Kernels
 
     def prefill(
         self,
@@ -67,25 +56,10 @@ class CalibratedLayer(LRQKLayer):
         if len(numbers):
             self._seal_numbered(chunk.pages[numbers].long(), numbers)
 
-    def decode(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        request_blocks: torch.Tensor | None,
-        output: torch.Tensor,
-    ) -> None:
-        lens = seq_lens.long()
-        self._numbers = lens[(lens > 0) & (lens % self.config.page_size == 0)] // self.config.page_size - 1
-        super().decode(query, key, value, block_table, seq_lens, request_blocks, output)
-
-    def seal(self, pages: torch.Tensor) -> None:
-        assert self._numbers is not None
-        self._seal_numbered(pages, self._numbers)
+    def seal(self, filled: FilledPages) -> None:
+        self._seal_numbered(filled.pages, filled.numbers)
 
     def _seal_numbered(self, pages: torch.Tensor, numbers: torch.Tensor) -> None:
         assert isinstance(self.factors, CalibratedPages)
-        seal_pages(pages, numbers, self.host, self.factors)
+        self.kernels.seal_calibrated(pages, numbers, self.host, self.factors)
         self.counters.pages_sealed += len(pages)

@@ -5,7 +5,7 @@ A page is a function of its tokens alone: neither the queries at hand nor the cu
 
 import torch
 
-from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages, pack_int4
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.values import value_regression
 
 
@@ -34,8 +34,7 @@ def seal_pages(
     factors.key_factor_mean[pages] = mean.to(torch.float16)
     if f.has_value_map:
         projection, value_scale = _quantize(value_map, 0)
-        low, high = projection.mT.chunk(2, -1)
-        factors.packed_value_projection[pages] = pack_int4(low, high)
+        factors.write_value_projection(pages, projection.mT)
         factors.value_scale[pages] = value_scale
 
 

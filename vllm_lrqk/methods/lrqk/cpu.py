@@ -7,6 +7,7 @@ import torch
 from vllm_lrqk.core.selection import Selection, candidate_range
 from vllm_lrqk.devices import cpu
 from vllm_lrqk.methods.lrqk import torch_ops
+from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedFormat, CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.kernels import Kernels
 from vllm_lrqk.methods.lrqk.seal import QUERY_SHARE
@@ -29,13 +30,14 @@ def kernels(name: str | None = None) -> Kernels:
         seal_pages=partial(_seal_pages, names),
         prefill_attention=partial(cpu.prefill_attention, names),
         append_rows=partial(cpu.append_rows, names),
+        seal_calibrated=partial(_seal_calibrated, names),
         select=partial(_select, names),
         decode_attention=partial(_decode_attention, names),
     )
 
 
 @cache
-def _page_layout(page_format: PageFormat) -> list[int]:
+def _page_layout(page_format: PageFormat | CalibratedFormat) -> list[int]:
     return page_format.layout_values(torch.ops.vllm_lrqk.cpu_page_layout_names())
 
 
@@ -67,11 +69,37 @@ def _seal_pages(
     )
 
 
+def _seal_calibrated(
+    names: tuple[str, ...],
+    pages: torch.Tensor,
+    page_numbers: torch.Tensor,
+    host: torch.Tensor,
+    factors: CalibratedPages,
+) -> None:
+    index = cpu.pick(names, host.shape[-1])
+    if index is None or host.dtype not in cpu.DTYPES:
+        return torch_ops.seal_calibrated(pages, page_numbers, host, factors)
+    return torch.ops.vllm_lrqk.cpu_seal_calibrated(
+        pages.long().contiguous(),
+        page_numbers.long().contiguous(),
+        host,
+        factors.raw,
+        factors.basis.kernel_tensors,
+        _page_layout(factors.format),
+        RIDGE,
+        index,
+    )
+
+
+def _basis(factors: FactorPages | CalibratedPages) -> list[torch.Tensor]:
+    return factors.basis.kernel_tensors if isinstance(factors, CalibratedPages) else []
+
+
 def _decode_attention(
     names: tuple[str, ...],
     query: torch.Tensor,
     host: torch.Tensor,
-    factors: FactorPages,
+    factors: FactorPages | CalibratedPages,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
@@ -95,6 +123,7 @@ def _decode_attention(
         config.recent_tokens,
         config.sink_tokens,
         config.residual != "none",
+        _basis(factors),
         output,
         attended,
         index,
@@ -105,7 +134,7 @@ def _decode_attention(
 def _select(
     names: tuple[str, ...],
     query: torch.Tensor,
-    factors: FactorPages,
+    factors: FactorPages | CalibratedPages,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
@@ -124,7 +153,7 @@ def _select(
     if config.residual != "none" and num_pages > 0:
         residual = torch.empty(*query.shape[:2], num_pages, dtype=torch.float32)
         if config.residual == "linear":
-            moment = torch.zeros(*residual.shape, config.num_value_ranks, dtype=torch.float32)
+            moment = torch.zeros(*residual.shape, factors.format.value_rank, dtype=torch.float32)
     torch.ops.vllm_lrqk.cpu_select(
         query,
         factors.raw,
@@ -137,6 +166,7 @@ def _select(
         config.top_p,
         config.recent_tokens,
         config.sink_tokens,
+        _basis(factors),
         positions,
         residual,
         moment,

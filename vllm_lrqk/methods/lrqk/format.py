@@ -37,6 +37,11 @@ def _align(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
+def layout_values(page_format: object, names: str) -> list[int]:
+    """Attributes of a page format by their names, each followed by a comma; 0 for those that it lacks."""
+    return [int(getattr(page_format, name, 0)) for name in names.split(",") if name]
+
+
 @dataclass(frozen=True)
 class PageFormat:
     """Sizes of one factor page. `factor_dtype` is torch.int8 or torch.bfloat16."""
@@ -62,9 +67,10 @@ class PageFormat:
         """What the compiled kernels know of this format.
 
         Args:
-            names: attributes in the order of the library's PageLayout (csrc/layout.h), each followed by a comma.
+            names: attributes in the order of the library's PageLayout (csrc/layout.h), each followed by a comma; what
+                only other formats have is 0.
         """
-        return [int(getattr(self, name)) for name in names.split(",") if name]
+        return layout_values(self, names)
 
     @property
     def word_elements(self) -> int:

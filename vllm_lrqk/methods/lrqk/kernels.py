@@ -25,5 +25,6 @@ class Kernels(PageKernels):
     """And what a decoder calls where device and host memory are the same."""
 
     append_rows: Callable[..., None]
+    seal_calibrated: Callable[..., None]
     select: Callable[..., Any]
     decode_attention: Callable[..., torch.Tensor]

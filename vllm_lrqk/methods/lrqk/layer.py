@@ -6,7 +6,7 @@ import torch
 
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.layer import Layer
-from vllm_lrqk.core.step import PrefillChunk, Step
+from vllm_lrqk.core.step import FilledPages, PrefillChunk, Step
 from vllm_lrqk.devices import cpu
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages
@@ -99,8 +99,8 @@ class LRQKLayer(Layer):
     ) -> None:
         self.decoder.decode(query, key, value, block_table, seq_lens, request_blocks, output)
 
-    def seal(self, pages: torch.Tensor) -> None:
-        self._seal(pages, None)
+    def seal(self, filled: FilledPages) -> None:
+        self._seal(filled.pages, None)
 
     def _seal(self, pages: torch.Tensor, gram_q: torch.Tensor | None) -> None:
         self.kernels.seal_pages(pages, self.host, self.factors, gram_q, self.config)

@@ -15,7 +15,7 @@ from vllm_lrqk.core.method import MemoryPlan, Method, ModelFacts, StepTraffic
 from vllm_lrqk.devices import cuda_library
 from vllm_lrqk.methods.lrqk.calibrated_basis import make_basis
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedFormat, CalibratedPages
-from vllm_lrqk.methods.lrqk.calibrated_layer import CalibratedLayer, calibrated_kernels, check_calibration
+from vllm_lrqk.methods.lrqk.calibrated_layer import CalibratedLayer, check_calibration
 from vllm_lrqk.methods.lrqk.cpu_decoders import TALLIES, HotDecoder, InPlaceDecoder
 from vllm_lrqk.methods.lrqk.cuda_select import MAX_HEAD_SIZE, MAX_RANK, MAX_TOKENS, check_config
 from vllm_lrqk.methods.lrqk.dispatch import host_kernels
@@ -151,8 +151,6 @@ class LRQK(Method):
             decoder: Decoder = CudaDecoder(factors, memory.host, hot, workspace, shape.scale)
             return layer(decoder=decoder, kernels=cuda.kernels(operators))
         kernels = host_kernels()
-        if self.settings.is_calibrated:
-            kernels = calibrated_kernels(kernels)
         rest = (kernels, shape.scale, self.settings, tallies)
         if memory.request_blocks is None:
             decoder = InPlaceDecoder(factors, memory.host, *rest)

@@ -2,6 +2,7 @@
 
 from vllm_lrqk.core.host_pages import append_rows
 from vllm_lrqk.core.prefill import prefill_attention
+from vllm_lrqk.methods.lrqk.calibrated_seal import seal_pages as seal_calibrated
 from vllm_lrqk.methods.lrqk.decode import decode_attention
 from vllm_lrqk.methods.lrqk.kernels import Kernels
 from vllm_lrqk.methods.lrqk.score import select
@@ -14,6 +15,7 @@ def kernels() -> Kernels:
         seal_pages=seal_pages,
         prefill_attention=prefill_attention,
         append_rows=append_rows,
+        seal_calibrated=seal_calibrated,
         select=select,
         decode_attention=decode_attention,
     )
