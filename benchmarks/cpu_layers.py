@@ -59,7 +59,7 @@ def make_layer(
     num_pages = -(-length // n)
     pool = batch * num_pages
     host = allocate_host_pages(pool, KV_HEADS, n, HEAD_SIZE, dtype)
-    factors = empty_factors(pool, config)
+    factors = empty_factors(pool, config, seed)
     block_table = torch.randperm(pool, generator=generator).view(batch, num_pages).int()
     query = torch.empty(batch, HEADS, HEAD_SIZE, dtype=dtype)
     for request in range(batch):
@@ -76,22 +76,24 @@ def make_layer(
     return Layer(query, host, factors, pack_cache(host), block_table, seq_lens)
 
 
-def empty_factors(pool: int, config: LRQKSettings) -> FactorPages | CalibratedPages:
-    """Factor pages that nothing was written to; calibrated ones on other tokens of the same kind."""
+def empty_factors(pool: int, config: LRQKSettings, seed: int) -> FactorPages | CalibratedPages:
+    """Factor pages that nothing was written to; calibrated ones in a basis of the first request."""
     if not config.is_calibrated:
         form = PageFormat.from_config(config, HEAD_SIZE)
         return FactorPages(torch.zeros(pool, KV_HEADS, form.page_bytes, dtype=torch.uint8), form)
     calibrated = CalibratedFormat.from_config(config, HEAD_SIZE)
     raw = torch.zeros(pool, KV_HEADS, calibrated.page_bytes, dtype=torch.uint8)
-    return CalibratedPages(raw, calibrated, calibrated_basis(pool, config.page_size, calibrated.rank))
+    return CalibratedPages(raw, calibrated, calibrated_basis(pool, config.page_size, calibrated.rank, seed))
 
 
-def calibrated_basis(pages: int, page_size: int, rank: int) -> CalibratedBasis:
-    """Of 16 pages of tokens, which have no positions: frames are all alike."""
+def calibrated_basis(pages: int, page_size: int, rank: int, seed: int) -> CalibratedBasis:
+    """Of the first 16 pages of the first request. Tokens have no positions here: frames are all alike."""
     still = torch.ones(pages * page_size, HEAD_SIZE // 2)
     rotary = RotaryTable(still, torch.zeros_like(still), True)
     sums = MomentSums(KV_HEADS, HEAD_SIZE, page_size, rotary, torch.device("cpu"))
-    writer = TokenWriter(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    torch.randperm(pages, generator=generator)  # as `make_layer` draws
+    writer = TokenWriter(generator)
     for index in range(min(16, pages)):
         page = torch.empty(KV_HEADS, page_size, 2, HEAD_SIZE)
         writer.write(page, is_first=index == 0)

@@ -148,6 +148,8 @@ class WorkerExtension:
         """Counters since start-up of this rank, and the attention backend that each layer runs."""
         layers = self.vllm_config.compilation_config.static_forward_context  # type: ignore[attr-defined]
         impls = {name: layer.impl for name, layer in layers.items() if hasattr(layer, "impl")}
-        report = report_of(self.vllm_config)  # type: ignore[attr-defined]
         names = {name: type(impl).__name__ for name, impl in impls.items()}
+        if not hasattr(self.vllm_config.additional_config, "engine"):  # type: ignore[attr-defined]
+            return {"implementations": names}  # dense attention, which counts nothing
+        report = report_of(self.vllm_config)  # type: ignore[attr-defined]
         return {"implementations": names, **report.memory(), **report.counts()}
