@@ -4,8 +4,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "cuda/args.h"
 
@@ -69,7 +71,7 @@ void cuda_resolve(const Tensor positions, const Tensor block_table, const Tensor
                       reinterpret_cast<uintptr_t>(hot.data_ptr()) % 16 == 0,
                   "hot blocks and their rows must be aligned to 16 bytes");
   STD_TORCH_CHECK(rows_per_block * (row_bytes + 12) <= hot.size(2), "the rows do not fit into a hot block");
-  enter(positions);
+  const DeviceGuard guard(positions);
   check_launch(resolve(a, stream_of(stream)));
 }
 
@@ -96,7 +98,7 @@ void cuda_fetch(const Tensor host, Tensor hot, const Tensor miss_address, const 
   STD_TORCH_CHECK(key.size(0) == a.requests && value.size(0) == a.requests && key.size(1) == a.kv_heads &&
                       host.size(1) == a.kv_heads,
                   "key, value, host and misses must agree on requests and kv heads");
-  enter(miss_address);
+  const DeviceGuard guard(miss_address);
   check_launch(fetch(a, stream_of(stream)));
 }
 
@@ -121,13 +123,37 @@ void cuda_append(const Tensor key, const Tensor value, Tensor host, const Tensor
   STD_TORCH_CHECK(key.size(0) >= a.tokens && value.size(0) >= a.tokens && key.size(1) == a.kv_heads &&
                       value.size(1) == a.kv_heads && key.size(2) == host.size(4),
                   "key and value must be [T, KV, d]");
-  enter(key);
+  const DeviceGuard guard(key);
   check_launch(append(a, stream_of(stream)));
+}
+
+// The same pages of layers whose host pages lie like those of `host`, at `addresses`.
+void cuda_gather_layers(const Tensor host, std::vector<int64_t> addresses, const Tensor pages, Tensor output,
+                        int64_t stream) {
+  GatherArgs a{};
+  a.host = host_pages(host);
+  a.pages = contiguous<int64_t>(pages, "pages", 1, ScalarType::Long);
+  uint8_t* const first = contiguous<uint8_t>(output, "output", 6, host.scalar_type());
+  a.num_pages = static_cast<int>(pages.size(0));
+  a.kv_heads = static_cast<int>(host.size(1));
+  const int64_t layers = static_cast<int64_t>(addresses.size());
+  STD_TORCH_CHECK(output.size(0) == layers && output.size(1) == a.num_pages && output.size(2) == host.size(1) &&
+                      output.size(3) == host.size(2) && output.size(5) == host.size(4),
+                  "output must be [layers, pages, KV, N, 2, d]");
+  const DeviceGuard guard(pages);
+  for (int64_t layer = 0; layer < layers; layer += kLayersPerGather) {
+    a.num_layers = static_cast<int>(std::min<int64_t>(layers - layer, kLayersPerGather));
+    for (int i = 0; i < a.num_layers; ++i) a.data[i] = reinterpret_cast<const uint8_t*>(addresses[layer + i]);
+    a.output = first + layer * output.stride(0) * host.element_size();
+    check_launch(gather_pages(a, stream_of(stream)));
+  }
 }
 
 void cuda_gather_pages(const Tensor host, const Tensor pages, Tensor output, int64_t stream) {
   GatherArgs a{};
   a.host = host_pages(host);
+  a.data[0] = a.host.data;
+  a.num_layers = 1;
   a.pages = contiguous<int64_t>(pages, "pages", 1, ScalarType::Long);
   a.output = contiguous<uint8_t>(output, "output", 5, host.scalar_type());
   a.num_pages = static_cast<int>(pages.size(0));
@@ -135,7 +161,7 @@ void cuda_gather_pages(const Tensor host, const Tensor pages, Tensor output, int
   STD_TORCH_CHECK(output.size(0) >= a.num_pages && output.size(1) == host.size(1) && output.size(2) == host.size(2) &&
                       output.size(4) == host.size(4),
                   "output must be [pages, KV, N, 2, d]");
-  enter(pages);
+  const DeviceGuard guard(pages);
   check_launch(gather_pages(a, stream_of(stream)));
 }
 
@@ -161,6 +187,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LRQK_NAMESPACE, m) {
   m.def(
       "cuda_append(Tensor key, Tensor value, Tensor(a!) host, Tensor slot_mapping, Tensor(b!)? generation, "
       "Tensor(c!)? clock, int stream) -> ()");
+  m.def("cuda_gather_layers(Tensor host, int[] addresses, Tensor pages, Tensor(a!) output, int stream) -> ()");
   m.def("cuda_gather_pages(Tensor host, Tensor pages, Tensor(a!) output, int stream) -> ()");
   m.def("cuda_device_pointer(int host) -> int");
 }
@@ -169,6 +196,7 @@ STABLE_TORCH_LIBRARY_IMPL(LRQK_NAMESPACE, LRQK_DEVICE, m) {
   m.impl("cuda_resolve", TORCH_BOX(&lrqk::cuda::cuda_resolve));
   m.impl("cuda_fetch", TORCH_BOX(&lrqk::cuda::cuda_fetch));
   m.impl("cuda_append", TORCH_BOX(&lrqk::cuda::cuda_append));
+  m.impl("cuda_gather_layers", TORCH_BOX(&lrqk::cuda::cuda_gather_layers));
   m.impl("cuda_gather_pages", TORCH_BOX(&lrqk::cuda::cuda_gather_pages));
 }
 

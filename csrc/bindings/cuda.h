@@ -16,9 +16,24 @@ namespace lrqk::cuda {
 
 inline cudaStream_t stream_of(int64_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-inline void enter(const Tensor& tensor) {
-  if (tensor.is_cuda()) cudaSetDevice(tensor.get_device_index());
-}
+// Makes a tensor's device current, and the one before it again at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Tensor& tensor) {
+    if (!tensor.is_cuda() || cudaGetDevice(&before_) != cudaSuccess) return;
+    has_changed_ = before_ != tensor.get_device_index();
+    if (has_changed_) cudaSetDevice(tensor.get_device_index());
+  }
+  ~DeviceGuard() {
+    if (has_changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool has_changed_ = false;
+};
 
 inline void check_launch(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA kernels of vllm-lrqk: ", cudaGetErrorString(error));

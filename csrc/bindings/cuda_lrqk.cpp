@@ -66,7 +66,7 @@ void cuda_select(const Tensor query, const Tensor factors, const Tensor block_ta
   STD_TORCH_CHECK(carve_scratch(a.scratch, static_cast<uint8_t*>(scratch.data_ptr()), a.requests, a.heads, a.kv_heads,
                                 a.pages, a.page_size) <= scratch.numel(),
                   "the scratch memory is too small");
-  enter(query);
+  const DeviceGuard guard(query);
   check_launch(select(a, stream_of(stream)));
 }
 

@@ -79,11 +79,14 @@ struct AppendArgs {
   int tokens, kv_heads;
 };
 
+constexpr int kLayersPerGather = 64;
+
 struct GatherArgs {
-  HostArgs host;
-  const int64_t* pages;  // [num_pages]
-  uint8_t* output;       // [num_pages, KV, N, 2, d]
-  int num_pages, kv_heads;
+  HostArgs host;                          // of every layer but for its data
+  const uint8_t* data[kLayersPerGather];  // of each layer
+  const int64_t* pages;                   // [num_pages]
+  uint8_t* output;                        // [num_layers, num_pages, KV, N, 2, d]
+  int num_layers, num_pages, kv_heads;
 };
 
 cudaError_t resolve(const ResolveArgs&, cudaStream_t);

@@ -116,13 +116,12 @@ __device__ inline bool is_last_block(unsigned* arrived, unsigned blocks) {
   __shared__ bool is_last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    is_last = atomicAdd(arrived, 1u) == blocks - 1;
-    if (is_last) *arrived = 0;
-  }
+  if (threadIdx.x == 0) is_last = atomicAdd(arrived, 1u) == blocks - 1;
   __syncthreads();
-  if (is_last) __threadfence();
-  return is_last;
+  if (!is_last) return false;
+  __threadfence();
+  if (threadIdx.x == 0) *arrived = 0;
+  return true;
 }
 
 struct Digit {

@@ -37,11 +37,12 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendArgs a) {
   }
 }
 
-// Grid: (pieces, KV, M); a block's threads copy neighbouring 16 bytes.
+// Grid: (pieces, KV, layers * pages); a block's threads copy neighbouring 16 bytes.
 __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherArgs a) {
-  if (a.pages[blockIdx.z] >= a.host.num_pages) return;
+  const int64_t page = a.pages[blockIdx.z % a.num_pages];
+  if (page >= a.host.num_pages) return;
   const int64_t bytes = static_cast<int64_t>(a.host.page_size) * a.host.row_bytes;
-  const uint8_t* from = a.host.data + a.pages[blockIdx.z] * a.host.page_stride + blockIdx.y * a.host.head_stride;
+  const uint8_t* from = a.data[blockIdx.z / a.num_pages] + page * a.host.page_stride + blockIdx.y * a.host.head_stride;
   uint8_t* to = a.output + (static_cast<int64_t>(blockIdx.z) * a.kv_heads + blockIdx.y) * bytes;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 16; i < bytes;
        i += static_cast<int64_t>(gridDim.x) * kThreads * 16) {
@@ -63,10 +64,11 @@ cudaError_t append(const AppendArgs& a, cudaStream_t stream) {
 }
 
 cudaError_t gather_pages(const GatherArgs& a, cudaStream_t stream) {
-  if (a.num_pages == 0) return cudaSuccess;
+  if (a.num_layers * a.num_pages == 0) return cudaSuccess;
   const int64_t bytes = static_cast<int64_t>(a.host.page_size) * a.host.row_bytes;
   const int64_t pieces = ceil_div<int64_t>(bytes, kThreads * 16 * 4);
-  launch(gather_kernel, dim3(static_cast<unsigned>(pieces), a.kv_heads, a.num_pages), kThreads, stream, a);
+  const dim3 grid(static_cast<unsigned>(pieces), a.kv_heads, a.num_layers * a.num_pages);
+  launch(gather_kernel, grid, kThreads, stream, a);
   return cudaGetLastError();
 }
 

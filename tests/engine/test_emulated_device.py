@@ -12,6 +12,7 @@ import torch
 from cuda_runtime import Runtime
 from emulated import emulated_operators
 from engines import counters, engine, greedy, scheduler, tiny_llama, token_prompts
+from host_attention import use_host_attention
 from interpreted import interpreted_kernels
 
 interpreted_kernels("methods.lrqk.triton_attend")
@@ -44,12 +45,10 @@ def plain(model: Any) -> Iterator[Any]:
 @pytest.fixture
 def on_emulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_lrqk import devices
-    from vllm_lrqk.core.prefill import flash_attention
-    from vllm_lrqk.devices import cuda_prefill
 
     operators = emulated_operators()
     monkeypatch.setattr(devices, "cuda_operators", lambda device: operators)
-    monkeypatch.setattr(cuda_prefill, "default_attention", lambda: flash_attention)
+    use_host_attention(monkeypatch)
 
 
 def test_same_tokens_and_counts(model: Any, plain: Any, on_emulated_device: None) -> None:

@@ -72,7 +72,6 @@ def _assert_factors_close(
     if expected.moment is not None:
         right[:, : expected.moment.shape[2]] = expected.moment[b, heads]
     is_empty = actual.residual[b, heads].isinf()
-    assert (left[is_empty] == 0).all()
     column = layer.factors.key_factor(layer.block_table[b].long())[:, kv_head, :, : left.shape[-1]].float()
     allowed = error * (column.amax(1) - column.amin(1)) + SUM_ERROR * column.abs().amax(1)
     assert ((left - right).abs() <= allowed)[~is_empty].all()

@@ -72,6 +72,7 @@ class ServedLayers:
         self.path = DecodePath(
             operators, at_once, max_pages, heads, kv_heads, hot_format, self.hot_blocks_per_request, config, device
         )
+        self.path.workspace._moment.fill_(torch.nan)  # as that of pages without candidates may be
         counters = Counters(TALLIES, 1, device)
         factors, host = FactorPages(raw, page_format(config, d)), pin(host.clone())
         self.hot = DeviceHotCache(operators, raw.clone(), hot_format, num_pages, counters.tallies[0, :2])

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -92,10 +93,8 @@ class Layer(ABC):
             key, value: [T, KV, d].
         """
         self.append(key, value, step)
-        for chunk in step.prefill:
-            of = chunk.tokens
-            own = None if request_blocks is None else request_blocks[chunk.request]
-            self.prefill(query[of], key[of], value[of], chunk, own, output[of])
+        if step.prefill:
+            self.prefill_all(query, key, value, step, request_blocks, output)
         if step.num_decodes:
             of = slice(step.num_decodes)
             own = None if request_blocks is None else request_blocks[of]
@@ -105,6 +104,21 @@ class Layer(ABC):
     @abstractmethod
     def append(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
         """Store the keys and values [T, KV, d] of all tokens of a step."""
+
+    def prefill_all(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        step: Step,
+        request_blocks: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend all chunks of a step, one by one unless a layer knows better; arguments as of `forward`."""
+        for chunk in step.prefill:
+            of = chunk.tokens
+            own = None if request_blocks is None else request_blocks[chunk.request]
+            self.prefill(query[of], key[of], value[of], chunk, own, output[of])
 
     @abstractmethod
     def prefill(
@@ -140,6 +154,12 @@ class Layer(ABC):
 
     def seal(self, filled: FilledPages) -> None:
         """Called before the next step with the pages that this step's decode tokens fill, on the device."""
+
+    @classmethod
+    def seal_all(cls, layers: "list[Any]", filled: FilledPages) -> None:
+        """`seal` of all layers of a worker, which are of this class: one by one unless a method knows better."""
+        for layer in layers:
+            layer.seal(filled)
 
     def warm_up(self) -> None:
         """Compile what is compiled at first use, by steps of padding alone."""

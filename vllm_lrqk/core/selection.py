@@ -34,7 +34,7 @@ class Selection:
     """float32 [B, H, P], log of the summed exp(proxy score) of the page's unattended candidates; -inf where none."""
     moment: torch.Tensor | None = None
     """float32 [B, H, P, value_rank], mean of the leading columns of their key factors, weighted by exp(proxy score);
-    0 where none. For `residual: "linear"` only."""
+    anything where there are none. For `residual: "linear"` only."""
 
 
 def candidate_range(seq_lens: torch.Tensor, budget: Budget) -> tuple[int, torch.Tensor]:

@@ -4,7 +4,8 @@ Shapes: R requests, T tokens of the step, P pages.
 """
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
+from itertools import groupby, pairwise
 
 import torch
 
@@ -33,6 +34,30 @@ class PrefillChunk:
 
 
 @dataclass
+class PromptRun:
+    """Chunks whose tokens follow each other in a step; of several, each begins its request, so none has a history."""
+
+    chunks: list[PrefillChunk]
+
+    @property
+    def tokens(self) -> slice:
+        """Of the step."""
+        return slice(self.chunks[0].start, self.chunks[-1].end)
+
+    @property
+    def lens(self) -> list[int]:
+        """Tokens of each chunk."""
+        return [chunk.end - chunk.start for chunk in self.chunks]
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """int32 [chunks + 1] on the device: first token of each chunk, counted from the run's, and the end."""
+        first, device = self.chunks[0].start, self.chunks[0].pages.device
+        places = [chunk.start - first for chunk in self.chunks] + [self.chunks[-1].end - first]
+        return to_device([places], device)[0].int()
+
+
+@dataclass
 class Step:
     """One forward step; tensors are vLLM's own, whose addresses a captured graph keeps."""
 
@@ -48,6 +73,15 @@ class Step:
     prefill: list[PrefillChunk]
     filled: list[tuple[int, int]]
     """Pages that the decode tokens fill: (request, index among its pages)."""
+
+    @cached_property
+    def prompt_runs(self) -> list[PromptRun]:
+        """The prefill chunks: neighbours without history together, all others alone."""
+        runs = []
+        for has_history, group in groupby(self.prefill, key=lambda chunk: chunk.context_len > 0):
+            chunks = list(group)
+            runs += [PromptRun([chunk]) for chunk in chunks] if has_history else [PromptRun(chunks)]
+        return runs
 
 
 def prefill_chunk(request: int, start: int, end: int, length: int, pages: torch.Tensor, page_size: int) -> PrefillChunk:

@@ -5,6 +5,8 @@ are merged by log-sum-exp. The attention kernel is a function, so that the layer
 
     attention(query [heads, T, d], key [heads, S, d], value [heads, S, d], scale, causal)
         -> output float32 [heads, T, d], log-sum-exp float32 [heads, T]
+
+Prompts without history need no parts: one call attends any number of them.
 """
 
 import importlib.util
@@ -15,9 +17,12 @@ from typing import Any
 import torch
 
 from vllm_lrqk.core.prefill import TILE_TOKENS, merge
+from vllm_lrqk.core.step import PromptRun
 from vllm_lrqk.devices.cuda_library import stream_handle
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, bool], tuple[torch.Tensor, torch.Tensor]]
+PromptAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
+"""(query [T, H, d], key and value [T, KV, d], starts int32 [prompts + 1], longest prompt, scale) -> output [T, H, d]"""
 
 
 def torch_attention(
@@ -44,6 +49,19 @@ def xformers_attention(
     arguments = (x.transpose(0, 1)[None].contiguous() for x in (query, key, value))  # [1, T, heads, d]
     out, log_sum = fmha.memory_efficient_attention_partial(*arguments, attn_bias=bias, scale=scale)
     return out[0].transpose(0, 1).float(), log_sum[0, :, : query.shape[1]].float()
+
+
+def torch_prompt_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """Torch's flash attention for sequences of different lengths: bfloat16 and float16."""
+    flash = torch.ops.aten._flash_attention_forward
+    return flash(query, key, value, starts, starts, longest, longest, 0.0, True, False, scale=scale)[0]
+
+
+def default_prompt_attention() -> PromptAttention:
+    """What attends many prompts in one call."""
+    return torch_prompt_attention
 
 
 @cache
@@ -89,7 +107,6 @@ class TileStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._operators.cuda_gather_pages(self._host, tile, buffer, stream_handle(self._device))
-            buffer.record_stream(self._stream)
             return self._stream.record_event()
 
 
@@ -132,3 +149,22 @@ def prefill_attention(
         part = attention(rows, history_rows[:, :, 0], history_rows[:, :, 1], scale, False)
         total, log_sum = merge(total, log_sum, *part)
     output.copy_(total.reshape(heads, tokens, -1).transpose(0, 1))
+
+
+def prefill_prompts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: PromptRun, scale: float, output: torch.Tensor
+) -> None:
+    """Attend several prompts without history: one call for all of them, or one for each in float32.
+
+    Args:
+        query, output: [T, H, d], the run's tokens.
+        key, value: [T, KV, d].
+    """
+    if query.dtype != torch.float32:
+        output.copy_(default_prompt_attention()(query, key, value, run.starts, max(run.lens), scale))
+        return
+    group = query.shape[1] // key.shape[1]
+    parts = (x.split(run.lens) for x in (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)))
+    for part, q, k, v in zip(output.split(run.lens), *parts):
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        part.copy_(default_attention()(q, k, v, scale, True)[0].transpose(0, 1))

@@ -96,8 +96,7 @@ class Worker:
         Runs before the step or the replay of its graph, behind everything that the last step launched.
         """
         if self._filled is not None:
-            for layer in self.layers:
-                layer.seal(self._filled)
+            self.layers[0].seal_all(self.layers, self._filled)
         self._filled = None if is_capture or not self._plan.is_paged else filled_pages(step)
         if is_capture:
             return

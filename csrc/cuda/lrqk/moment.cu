@@ -55,14 +55,16 @@ __device__ inline void add_tile(const SelectArgs& a, const uint8_t* page, int to
   }
 }
 
-// Grid: (pages by warps, KV * blocks of kHeads heads, B). Reads what emit wrote.
+// Grid: (pages by warps, KV * blocks of kHeads heads, B). Reads what emit wrote; pages without candidates
+// keep whatever is in their place.
 template <bool kIsInt8, int kHeads>
 __global__ void __launch_bounds__(kThreads) moment_kernel(const SelectArgs a) {
   __shared__ float all_sums[kWarps][kMaxRank * kHeads];
   float* sums = all_sums[warp_index()];
   const HeadBlock block = head_block<kHeads>(a);
   const int request = blockIdx.z, value_rank = a.layout.value_rank, p = blockIdx.x * kWarps + warp_index();
-  if (p >= a.pages) return;
+  const Candidates c = candidates_of(a, request);
+  if (p >= a.pages || p * a.page_size >= c.end) return;  // nothing is left there, and nobody asks for its mean
   for (int i = lane_index(); i < ceil_div(value_rank * kHeads, 32) * 32; i += 32) sums[i] = 0.0f;
   float log_left[kHeads];
 #pragma unroll
@@ -71,7 +73,6 @@ __global__ void __launch_bounds__(kThreads) moment_kernel(const SelectArgs a) {
   }
   // Which tokens are left is the same for all heads of a group.
   if (log_left[0] > -INFINITY) {
-    const Candidates c = candidates_of(a, request);
     const int size = tile_tokens(a);
     const int64_t index = static_cast<int64_t>(request) * a.kv_heads + block.kv_head;
     const Page tokens{p * a.page_size, size, a.page_size / size, a.scratch.keys + index * tokens_per_head(a)};

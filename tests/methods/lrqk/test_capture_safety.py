@@ -11,12 +11,12 @@ from interpreted import interpreted_kernels
 from no_waits import Recorded, RecordedKernel, Waited, no_waits
 
 interpreted_kernels("methods.lrqk.triton_attend")
+from host_attention import use_host_attention  # noqa: E402
 from served_layers import ServedLayers  # noqa: E402
 
 from vllm_lrqk.core.counters import Counters  # noqa: E402
-from vllm_lrqk.core.prefill import flash_attention  # noqa: E402
 from vllm_lrqk.core.step import FilledPages, Step, filled_pages  # noqa: E402
-from vllm_lrqk.devices import cuda_prefill, triton_parts  # noqa: E402
+from vllm_lrqk.devices import triton_parts  # noqa: E402
 from vllm_lrqk.methods.lrqk import triton_attend  # noqa: E402
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
@@ -41,7 +41,7 @@ WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.fixture(params=["linear", "mean"])
 def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ServedLayers:
-    monkeypatch.setattr(cuda_prefill, "default_attention", lambda: flash_attention)
+    use_host_attention(monkeypatch)
     return ServedLayers(emulated_operators(), replace(CONFIG, residual=request.param), torch.device("cpu"))
 
 
@@ -131,10 +131,10 @@ def test_what_happens_between_steps_does_not_wait(layers: ServedLayers) -> None:
     assert filled.pages.tolist() == request.pages[1:]
     assert filled.numbers.tolist() == [1]
     assert layers.layer.counters.pages_sealed == 2
-    prompt = layers.prepare([(layers.admit(), 40)])
+    prompts = layers.prepare([(layers.admit(), 40), (layers.admit(), 5), (layers.admit(), 16)])
     with no_waits(may_allocate=True):
-        layers.replay(prompt)
-    assert layers.layer.counters.pages_sealed == 4
+        layers.replay(prompts)
+    assert layers.layer.counters.pages_sealed == 5
 
 
 def test_sealing_by_eigenvectors_waits() -> None:

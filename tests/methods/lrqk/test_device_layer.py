@@ -8,9 +8,10 @@ from emulated import emulated_operators
 from interpreted import interpreted_kernels
 
 interpreted_kernels("methods.lrqk.triton_attend")
+from host_attention import use_host_attention  # noqa: E402
+from launches import launches  # noqa: E402
 from served_layers import ServedLayers, serve  # noqa: E402
 
-from vllm_lrqk.core.prefill import flash_attention  # noqa: E402
 from vllm_lrqk.core.step import build_step  # noqa: E402
 from vllm_lrqk.devices import cuda_prefill  # noqa: E402
 from vllm_lrqk.methods.lrqk.cuda_decode import requests_at_once  # noqa: E402
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def prefill_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_prefill, "default_attention", lambda: flash_attention)
+    use_host_attention(monkeypatch)
 
 
 def test_covering_selection() -> None:
@@ -84,6 +85,43 @@ def test_pages_without_host_memory_are_left_alone() -> None:
     assert generation.nonzero().flatten().tolist() == [2]
     assert host[2, :, 0].isfinite().all()
     assert layers.hot.counters.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_short_prompts_attend_together(dtype: torch.dtype) -> None:
+    """Neighbours without history in one call; a chunk with a history between them does not belong to it."""
+    layers = ServedLayers(emulated_operators(), COVERING, CPU, dtype=dtype)
+    most = 1e-5 if dtype == torch.float32 else 0.02  # bfloat16: two roundings of 2^-8
+    a, b, c, d = (layers.admit() for _ in range(4))
+    assert layers.run([(a, 5), (b, 16), (c, 3), (d, 18)]) < most
+    assert layers.layer.counters.pages_sealed == layers.expected.counters.pages_sealed == 2
+    for request in (a, c, d):
+        layers.release(request)
+    e, f, g = (layers.admit() for _ in range(3))
+    step = layers.prepare([(e, 4), (b, 9), (f, 20), (g, 2)])
+    assert [len(run.chunks) for run in step.prompt_runs] == [1, 1, 2]
+    layers.replay(step)
+    assert layers.error() < most
+    assert layers.run([(e, 1), (b, 1), (f, 1), (g, 1)]) < max(most, 1e-5)
+
+
+def test_launches_do_not_grow_with_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, calls = ServedLayers(emulated_operators(), COVERING, CPU, dtype=torch.bfloat16), []
+
+    def attention(query: torch.Tensor, *rest: object) -> torch.Tensor:
+        calls.append(len(query))
+        return query
+
+    monkeypatch.setattr(cuda_prefill, "default_prompt_attention", lambda: attention)
+    totals = []
+    for count in (2, 4):
+        step = layers.prepare([(layers.admit(), 3) for _ in range(count)])
+        with launches() as counts:
+            layers.replay(step)
+        totals.append(counts)
+        layers.free_hot_blocks = list(range(14, 14 + 4 * layers.hot_blocks_per_request))
+    assert totals[0] == totals[1]
+    assert calls == [6, 12]
 
 
 class TestBuildStep:

@@ -14,6 +14,10 @@ dim3 blockDim, gridDim;
 extern "C" {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
 const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   *device = host;
@@ -109,8 +113,23 @@ void wait(Wait kind) {
   threadIdx = index;
 }
 
-uint64_t& lane_slot(int lane) {
-  return slots[threadIdx.x / 32][lane < 0 ? threadIdx.x % 32 : static_cast<unsigned>(lane)];
+uint64_t exchange_bits(uint64_t bits, int from_lane) {
+  uint64_t (&of_warp)[32] = slots[threadIdx.x / 32];
+  of_warp[threadIdx.x % 32] = bits;
+  wait(Wait::kWarp);
+  bits = of_warp[from_lane];
+  wait(Wait::kWarp);
+  return bits;
+}
+
+unsigned vote(bool is_for) {
+  uint64_t (&of_warp)[32] = slots[threadIdx.x / 32];
+  of_warp[threadIdx.x % 32] = is_for;
+  wait(Wait::kWarp);
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(of_warp[lane]) << lane;
+  wait(Wait::kWarp);
+  return votes;
 }
 
 void run(dim3 grid, int threads, const std::function<void()>& kernel) {

@@ -2,6 +2,10 @@
 //
 // Stricter than the hardware where that finds mistakes: a barrier that a thread never reaches ends the process, and
 // threads and blocks run in opposite order every other time, so that a missing barrier shows.
+//
+// With LRQK_FIND_RACES (race_emulator.cpp), for programs under ThreadSanitizer: several blocks at a time, in random
+// interleavings, and what orders memory on a GPU is all that orders it: __syncthreads, __syncwarp, and an atomic between
+// two fences. Shuffles and ballots order nothing.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,8 +15,13 @@
 #include <cstring>
 #include <functional>
 
+#ifdef LRQK_FIND_RACES
+#define LRQK_OF_BLOCK thread_local  // a block is a thread of the system, its threads are fibers
+#else
+#define LRQK_OF_BLOCK
+#endif
 #undef __shared__
-#define __shared__ static
+#define __shared__ static LRQK_OF_BLOCK
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
@@ -20,27 +29,36 @@ namespace emulator {
 
 enum class Wait { kNone, kWarp, kBlock };
 void wait(Wait);
-uint64_t& lane_slot(int lane);  // of the calling thread's warp
+uint64_t exchange_bits(uint64_t bits, int from_lane);  // of the calling thread's warp
+unsigned vote(bool);
 void run(dim3 grid, int threads, const std::function<void()>& kernel);
+#ifdef LRQK_FIND_RACES
+void fence();
+int begin_atomic(void* at, size_t size);  // the order of memory that the next atomic has
+#endif
 
 template <class T>
 inline T exchange(T value, int from_lane) {
   static_assert(sizeof(T) <= 8);
-  std::memcpy(&lane_slot(-1), &value, sizeof(T));
-  wait(Wait::kWarp);
-  std::memcpy(&value, &lane_slot(from_lane), sizeof(T));
-  wait(Wait::kWarp);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = exchange_bits(bits, from_lane);
+  std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
 
 }  // namespace emulator
 
-extern uint3 threadIdx, blockIdx;
-extern dim3 blockDim, gridDim;
+extern LRQK_OF_BLOCK uint3 threadIdx, blockIdx;
+extern LRQK_OF_BLOCK dim3 blockDim, gridDim;
 
 inline void __syncthreads() { emulator::wait(emulator::Wait::kBlock); }
 inline void __syncwarp() { emulator::wait(emulator::Wait::kWarp); }
+#ifdef LRQK_FIND_RACES
+inline void __threadfence() { emulator::fence(); }
+#else
 inline void __threadfence() {}
+#endif
 
 template <class T>
 inline T __shfl_sync(unsigned, T value, int lane) {
@@ -55,14 +73,20 @@ inline T __shfl_up_sync(unsigned, T value, int distance) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   return emulator::exchange(value, lane < distance ? lane : lane - distance);
 }
-inline unsigned __ballot_sync(unsigned, unsigned predicate) {
-  unsigned votes = 0;
-  emulator::exchange<uint64_t>(predicate != 0, 0);
-  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(emulator::lane_slot(lane) != 0) << lane;
-  emulator::wait(emulator::Wait::kWarp);
-  return votes;
-}
+inline unsigned __ballot_sync(unsigned, unsigned predicate) { return emulator::vote(predicate != 0); }
 
+#ifdef LRQK_FIND_RACES
+template <class T>
+inline T atomicAdd(T* at, T value) {
+  const bool is_release = emulator::begin_atomic(at, sizeof(T)) == __ATOMIC_RELEASE;
+  return is_release ? __atomic_fetch_add(at, value, __ATOMIC_RELEASE) : __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
+inline int atomicCAS(int* at, int expected, int value) {
+  emulator::begin_atomic(at, sizeof(int));
+  __atomic_compare_exchange_n(at, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
+#else
 template <class T>
 inline T atomicAdd(T* at, T value) {
   const T old = *at;
@@ -74,6 +98,7 @@ inline int atomicCAS(int* at, int expected, int value) {
   if (old == expected) *at = value;
   return old;
 }
+#endif
 template <class T>
 inline T __ldcg(const T* at) {
   return *at;

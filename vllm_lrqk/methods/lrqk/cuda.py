@@ -15,7 +15,9 @@ from vllm_lrqk.methods.lrqk.seal import seal_rows
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 SEAL_PAGES = 16
-"""Pages that are sealed at once; their rows are copied to the device first."""
+"""Pages of one layer that are sealed at once; their rows are copied to the device first."""
+SEAL_LAYER_PAGES = 32
+"""Pages of all layers together that are sealed at once: one page at least of every layer."""
 
 
 def kernels(operators: Any) -> PageKernels:
@@ -24,6 +26,8 @@ def kernels(operators: Any) -> PageKernels:
         name="cuda",
         seal_pages=partial(_seal_pages, operators),
         prefill_attention=partial(cuda_prefill.prefill_attention, operators),
+        seal_layers=partial(_seal_layers, operators),
+        prefill_prompts=cuda_prefill.prefill_prompts,
     )
 
 
@@ -42,3 +46,18 @@ def _seal_pages(
         operators.cuda_gather_pages(host, part, rows, cuda_library.stream_handle(device))
         grams = None if gram_q is None else gram_q[start : start + SEAL_PAGES]
         seal_rows(part, rows, factors, grams, config)
+
+
+def _seal_layers(
+    operators: Any, pages: torch.Tensor, hosts: list[torch.Tensor], factors: list[FactorPages], config: LRQKSettings
+) -> None:
+    """Seal the same pages of layers of one shape: one sequence of launches instead of one for each layer."""
+    device, form, layers = factors[0].raw.device, factors[0].format, len(hosts)
+    for part in pages.split(max(1, SEAL_LAYER_PAGES // layers)):
+        rows = torch.empty(layers, len(part), *hosts[0].shape[1:], dtype=hosts[0].dtype, device=device)
+        addresses = [host.data_ptr() for host in hosts]
+        operators.cuda_gather_layers(hosts[0], addresses, part, rows, cuda_library.stream_handle(device))
+        raw = factors[0].raw.new_zeros(layers * len(part), *factors[0].raw.shape[1:])
+        seal_rows(torch.arange(len(raw), device=device), rows.flatten(0, 1), FactorPages(raw, form), None, config)
+        for own, sealed in zip(factors, raw.unflatten(0, (layers, len(part)))):
+            own.raw[part] = sealed

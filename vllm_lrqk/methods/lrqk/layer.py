@@ -1,6 +1,6 @@
 """One attention layer of LRQK: pages in both tiers, prefill and sealing; a decoder does the rest."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -69,6 +69,27 @@ class LRQKLayer(Layer):
     def append(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
         self.decoder.append(key, value, step.slot_mapping)
 
+    def prefill_all(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        step: Step,
+        request_blocks: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        attend = self.kernels.prefill_prompts
+        if attend is None:
+            super().prefill_all(query, key, value, step, request_blocks, output)
+            return
+        for run in step.prompt_runs:
+            of = run.tokens
+            if len(run.chunks) == 1:
+                self.prefill(query[of], key[of], value[of], run.chunks[0], None, output[of])
+                continue
+            attend(query[of], key[of], value[of], run, self.scale, output[of])
+            self._seal_filled(query, key.shape[1], [(chunk, chunk.start) for chunk in run.chunks])
+
     def prefill(
         self,
         query: torch.Tensor,
@@ -80,12 +101,21 @@ class LRQKLayer(Layer):
     ) -> None:
         """Attend exactly and seal the pages that the chunk fills."""
         self.kernels.prefill_attention(query, key, value, self.host, chunk.pages, chunk.context_len, self.scale, output)
-        if chunk.filled:
-            indices, starts, ends = (list(column) for column in zip(*chunk.filled))
+        self._seal_filled(query, key.shape[1], [(chunk, 0)])
+
+    def _seal_filled(self, query: torch.Tensor, kv_heads: int, chunks: list[tuple[PrefillChunk, int]]) -> None:
+        """Seal the pages that some chunks fill; the number beside a chunk is the place of its first query in `query`."""
+        pages, starts, ends = [], [], []
+        for chunk, first in chunks:
+            if chunk.filled:
+                pages.append(chunk.pages[chunk.filled[0][0] : chunk.filled[-1][0] + 1])
+                starts += [first + start for _, start, _ in chunk.filled]
+                ends += [first + end for _, _, end in chunk.filled]
+        if pages:
             grams = None
             if self.config.factorization == "lrqk":
-                grams = query_grams(query, key.shape[1], starts, ends)
-            self._seal(chunk.pages[indices[0] : indices[-1] + 1].long(), grams)
+                grams = query_grams(query, kv_heads, starts, ends)
+            self._seal(torch.cat(pages).long(), grams)
 
     def decode(
         self,
@@ -101,6 +131,17 @@ class LRQKLayer(Layer):
 
     def seal(self, filled: FilledPages) -> None:
         self._seal(filled.pages, None)
+
+    @classmethod
+    def seal_all(cls, layers: list[Any], filled: FilledPages) -> None:
+        seal_layers = layers[0].kernels.seal_layers
+        if seal_layers is None:
+            super().seal_all(layers, filled)
+            return
+        pages, hosts, factors = filled.pages, [layer.host for layer in layers], [layer.factors for layer in layers]
+        seal_layers(pages, hosts, factors, layers[0].config)
+        for layer in layers:
+            layer.counters.pages_sealed += len(pages)
 
     def _seal(self, pages: torch.Tensor, gram_q: torch.Tensor | None) -> None:
         self.kernels.seal_pages(pages, self.host, self.factors, gram_q, self.config)

@@ -52,16 +52,10 @@ def values_first(
 
 
 def _orthonormal_columns(matrix: torch.Tensor) -> torch.Tensor:
-    """Gram-Schmidt on the columns of [..., r, r], each against those before it, twice for the sake of rounding."""
-    columns: list[torch.Tensor] = []
-    for column in matrix.unbind(-1):
-        for _ in range(2):
-            if columns:
-                basis = torch.stack(columns, -1)
-                column = column - (basis @ (basis.mT @ column[..., None]))[..., 0]
-            column = column / column.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(column.dtype).tiny)
-        columns.append(column)
-    return torch.stack(columns, -1)
+    """What Gram-Schmidt makes of the columns of [..., r, r], by one Cholesky factor: its condition takes float64."""
+    wide = matrix.double()
+    upper = torch.linalg.cholesky_ex(wide.mT @ wide, upper=True)[0]
+    return torch.linalg.solve_triangular(upper, wide, upper=True, left=False).to(matrix.dtype)
 
 
 def value_regression(key_factor: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
