@@ -45,13 +45,13 @@ __device__ inline float warp_max(float value) {
 }
 
 // The sum over all lanes of v[lane]: halves of v change hands until one element is left.
-template <int kWidth = 16>
-__device__ inline float sum_to_lane(float (&v)[32]) {
+template <int kWidth = 16, class T>
+__device__ inline T sum_to_lane(T (&v)[32]) {
   const bool upper = lane_index() & kWidth;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const float kept = upper ? v[i + kWidth] : v[i];
-    const float sent = upper ? v[i] : v[i + kWidth];
+    const T kept = upper ? v[i + kWidth] : v[i];
+    const T sent = upper ? v[i] : v[i + kWidth];
     v[i] = kept + __shfl_xor_sync(kAllLanes, sent, kWidth);
   }
   if constexpr (kWidth > 1) return sum_to_lane<kWidth / 2>(v);

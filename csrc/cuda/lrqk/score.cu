@@ -2,7 +2,7 @@
 //
 // A warp works on one page at a time. The lanes split the head size for q X (its rank * heads sums are exchanged in a
 // butterfly), and the tokens for the scores. The block that arrives last sums over all tiles of its heads.
-#include "cuda/lrqk/factors.cuh"
+#include "cuda/lrqk/products.cuh"
 #include "cuda/lrqk/select.h"
 #include "cuda/topk/candidates.cuh"
 
@@ -10,78 +10,6 @@ namespace lrqk::cuda {
 namespace {
 
 constexpr float kLowestDelta = -60000.0f;  // a finite float16
-
-// Four elements of the projection.
-template <bool kIsInt8>
-__device__ inline void load_quad(const uint8_t* from, float* to) {
-  if constexpr (kIsInt8) {
-    const unsigned word = *reinterpret_cast<const unsigned*>(from);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = static_cast<float>(static_cast<signed char>(word >> (8 * i)));
-  } else {
-    const uint2 words = *reinterpret_cast<const uint2*>(from);
-    to[0] = __uint_as_float(words.x << 16);
-    to[1] = __uint_as_float(words.x & 0xffff0000u);
-    to[2] = __uint_as_float(words.y << 16);
-    to[3] = __uint_as_float(words.y & 0xffff0000u);
-  }
-}
-
-// weights[j * kHeads + g] = (q_g . X_j) * scale_j, times `factor`.
-template <bool kIsInt8, int kHeads, int kQuads>
-__device__ inline void project(const SelectArgs& a, const uint8_t* page, const float (&query)[kHeads][kQuads * 4],
-                               float factor, float* weights) {
-  constexpr int kRanks = 32 / kHeads;
-  constexpr int kQuadBytes = kIsInt8 ? 4 : 8;
-  const uint8_t* projection = page + a.layout.projection_offset;
-  const float* scale = reinterpret_cast<const float*>(page + a.layout.projection_scale_offset);
-  const int quads = a.head_size / 4;
-  for (int first = 0; first < a.layout.rank; first += kRanks) {
-    float v[32];
-#pragma unroll
-    for (int i = 0; i < kRanks; ++i) {  // kept in registers: every index of v is a constant
-#pragma unroll
-      for (int g = 0; g < kHeads; ++g) v[i * kHeads + g] = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kQuads; ++j) {
-        const int quad = j * 32 + lane_index();
-        float x[4] = {};
-        if (first + i < a.layout.rank && quad < quads) {
-          load_quad<kIsInt8>(projection + ((first + i) * quads + quad) * kQuadBytes, x);
-        }
-#pragma unroll
-        for (int g = 0; g < kHeads; ++g) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) v[i * kHeads + g] += x[e] * query[g][j * 4 + e];
-        }
-      }
-    }
-    const float sum = sum_to_lane(v);
-    const int j = first + lane_index() / kHeads;
-    if (j < a.layout.rank) weights[j * kHeads + lane_index() % kHeads] = sum * scale[j] * factor;
-  }
-}
-
-// Scores of four consecutive tokens for kHeads heads.
-template <bool kIsInt8, int kHeads>
-__device__ inline void score_tokens(const SelectArgs& a, const uint8_t* page, int token, const float* weights,
-                                    float (&scores)[4][kHeads]) {
-  constexpr int kElements = kIsInt8 ? 4 : 2;
-#pragma unroll 4
-  for (int w = 0; w < a.layout.rank / kElements; ++w) {
-    const uint4 words = *reinterpret_cast<const uint4*>(page + (static_cast<int64_t>(w) * a.page_size + token) * 4);
-    const unsigned of_token[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x = word_element<kIsInt8>(of_token[i], e);
-#pragma unroll
-        for (int g = 0; g < kHeads; ++g) scores[i][g] += x * weights[(w * kElements + e) * kHeads + g];
-      }
-    }
-  }
-}
 
 // Writes a tile's highest score, its scores less that, and the sum of their powers of two. `head` is the first of
 // `heads` that are stored.
@@ -136,23 +64,16 @@ __device__ inline void sum_head(const SelectArgs& a, const Candidates& c, int64_
 // Grid: (page ranges, KV * blocks of kHeads heads, B).
 template <bool kIsInt8, int kHeads, int kQuads>
 __global__ void __launch_bounds__(kThreads) score_kernel(const SelectArgs a) {
-  __shared__ float all_weights[kWarps][kMaxRank * kHeads];
+  using Product = Products<kIsInt8, kHeads, kQuads>;
+  __shared__ __align__(16) float all_weights[kWarps][(Product::kSharedWords + 3) / 4 * 4];
   float* weights = all_weights[warp_index()];
   const int request = blockIdx.z;
   const HeadBlock block = head_block<kHeads>(a);
   const Candidates c = candidates_of(a, request);
   if (c.count() == 0) return;
 
-  float query[kHeads][kQuads * 4];
-#pragma unroll
-  for (int g = 0; g < kHeads; ++g) {
-#pragma unroll
-    for (int i = 0; i < kQuads * 4; ++i) {
-      const int column = (i / 4 * 32 + lane_index()) * 4 + i % 4;
-      const int64_t at = request * a.query_request_stride + (block.first + g) * a.query_head_stride + column;
-      query[g][i] = g < block.heads && column < a.head_size ? to_float(a.query, a.dtype, at) : 0.0f;
-    }
-  }
+  Product product;
+  product.load(a, block, request * a.query_request_stride + block.first * a.query_head_stride);
   const int size = tile_tokens(a), tiles = a.page_size / size;
   const int end_page = ceil_div(c.end, a.page_size);
   const int* table = a.block_table + request * a.block_table_stride;
@@ -160,13 +81,12 @@ __global__ void __launch_bounds__(kThreads) score_kernel(const SelectArgs a) {
   for (int p = first_page; p < end_page; p += gridDim.x * kWarps) {
     const uint8_t* page = a.factors.data + table[p] * a.factors.page_stride + block.kv_head * a.factors.head_stride;
     __syncwarp();
-    project<kIsInt8, kHeads, kQuads>(a, page, query, a.scale * kLog2e, weights);
-    __syncwarp();
+    product.project(a, page, weights);
     for (int t = 0; t < tiles; ++t) {
       const int token = t * size + lane_index() * 4, position = p * a.page_size + token;
       const bool is_active = lane_index() * 4 < size;
       float scores[4][kHeads] = {};
-      if (is_active) score_tokens<kIsInt8, kHeads>(a, page, token, weights, scores);
+      if (is_active) Product::score(a, page, token, weights, scores);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (is_active && c.has(position + i)) continue;

@@ -1,6 +1,8 @@
 // The selection itself: selected positions in order, those that every step attends, and what is left of each page.
 //
-// A warp works on one page; a block on kChunkTokens tokens.
+// A block works on kChunkTokens tokens, a lane on eight neighbours at a time: keys and scores are read once, 16 bytes at
+// a time. What is left of a tile is summed relative to the tile's highest score, whether that is selected or not; where
+// this leaves nothing of float32's range, it is summed anew relative to the highest of what is left.
 #include "cuda/topk/candidates.cuh"
 #include "cuda/topk/topk.h"
 
@@ -8,39 +10,13 @@ namespace lrqk::cuda {
 namespace {
 
 constexpr float kLn2 = 0.693147180559945309417f;
-
-// Natural logarithm of the l of exp(score) over one head's unselected candidates of a page; all lanes get it.
-__device__ inline float left_of_page(const TopKArgs& a, const Page& page, const Candidates& c, int64_t head,
-                                     unsigned flags) {
-  const uint16_t* delta = a.scratch.delta + head * tokens_per_head(a);
-  const int64_t first_tile = head * tiles_per_head(a) + page.first_token / page.size;
-  float m = -INFINITY, l = 0.0f;
-  for (int t = 0; t < page.tiles; ++t) {
-    const float tile_max = a.scratch.tile_max[first_tile + t];
-    float here = tile_max, part = a.scratch.tile_sum[first_tile + t];
-    if (__ballot_sync(kAllLanes, (flags >> (t * 4)) & 15u)) {
-      float left[4];
-      const int position = page.first_token + t * page.size + lane_index() * 4;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool is_left = lane_index() * 4 < page.size && c.has(position + i) && !((flags >> (t * 4 + i)) & 1u);
-        left[i] = is_left ? half_bits_to_float(delta[position + i]) : -INFINITY;
-      }
-      const float top = warp_max(fmaxf(fmaxf(left[0], left[1]), fmaxf(left[2], left[3])));
-      part = 0.0f;
-      if (top > -INFINITY) {
-        for (int i = 0; i < 4; ++i) part += exp2f(left[i] - top);
-      }
-      part = warp_sum(part);
-      here = tile_max + top;
-    }
-    if (part == 0.0f) continue;
-    const float both = fmaxf(m, here);
-    l = l * exp2f(m - both) + part * exp2f(here - both);
-    m = both;
-  }
-  return l > 0.0f ? (m + log2f(l)) * kLn2 : -INFINITY;
-}
+constexpr int kLaneTokens = 8;
+constexpr int kSpanTokens = 32 * kLaneTokens;       // of a warp at a time
+constexpr int kSpans = kChunkTokens / kSpanTokens;  // of a block
+constexpr int kSpansPerWarp = kSpans / kWarps;      // span i * kWarps + warp
+constexpr int kHeadsAtOnce = 4;                     // whose sums are in shared memory
+constexpr int kMostTiles = kChunkTokens / 16;       // of a block
+constexpr float kLeastSum = 1e-30f;                 // sums from here on are exact enough
 
 // Positions beside the selected ones, and -1 where there are none. One block per (request, KV head) calls it.
 __device__ inline void list_always(const TopKArgs& a, const Candidates& c, int length, int* positions) {
@@ -53,61 +29,156 @@ __device__ inline void list_always(const TopKArgs& a, const Candidates& c, int l
   }
 }
 
+// What is known of a lane's eight tokens, a bit for each.
+struct Tokens {
+  unsigned is_candidate, is_selected;
+};
+
+__device__ inline Tokens read_tokens(const unsigned* keys, const Candidates& c, int position,
+                                     unsigned long long threshold) {
+  Tokens tokens{};
+  if (position >= c.end || position + kLaneTokens <= c.first) return tokens;
+  const uint4 low = *reinterpret_cast<const uint4*>(keys + position);
+  const uint4 high = *reinterpret_cast<const uint4*>(keys + position + 4);
+  const unsigned key[kLaneTokens] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int i = 0; i < kLaneTokens; ++i) {
+    const bool is_candidate = c.has(position + i);
+    const bool is_selected = is_candidate && composite_of(key[i], position + i) >= threshold;
+    tokens.is_candidate |= static_cast<unsigned>(is_candidate) << i;
+    tokens.is_selected |= static_cast<unsigned>(is_selected) << i;
+  }
+  return tokens;
+}
+
+struct Deltas {
+  uint4 words;
+  __device__ float operator[](int i) const {
+    const unsigned pair = i < 2 ? words.x : i < 4 ? words.y : i < 6 ? words.z : words.w;
+    return half_bits_to_float(i % 2 == 0 ? pair & 0xffffu : pair >> 16);
+  }
+};
+
+// The sum over the lanes of this lane's tile, `lanes` neighbours.
+__device__ inline float sum_of_tile(float value, int lanes) {
+  for (int width = lanes / 2; width > 0; width /= 2) value += __shfl_xor_sync(kAllLanes, value, width);
+  return value;
+}
+
+__device__ inline float highest_of_tile(float value, int lanes) {
+  for (int width = lanes / 2; width > 0; width /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, width));
+  return value;
+}
+
+// log2 of the sum of 2^score over what is left of this lane's tile, for one head. All lanes of the warp call it.
+__device__ inline float left_of_tile(const TopKArgs& a, int64_t head, int position, unsigned left, bool is_cut) {
+  const int size = tile_tokens(a), lanes = size / kLaneTokens;
+  const int64_t tile = head * tiles_per_head(a) + position / size;
+  const bool is_inside = position < a.pages * a.page_size;
+  const float tile_max = is_inside ? a.scratch.tile_max[tile] : -INFINITY;
+  Deltas delta{};
+  float sum = 0.0f;
+  if (is_cut && left) {
+    delta.words = *reinterpret_cast<const uint4*>(a.scratch.delta + head * tokens_per_head(a) + position);
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) sum += (left >> i) & 1u ? exp2f(delta[i]) : 0.0f;
+  }
+  sum = sum_of_tile(sum, lanes);
+  if (!is_cut && left) sum = a.scratch.tile_sum[tile];
+  // Lanes without anything left say so through -inf; one lane of the tile has something left, or none.
+  float shift = 0.0f;
+  const bool is_lost = is_cut && sum < kLeastSum;
+  if (__ballot_sync(kAllLanes, is_lost && left)) {
+    float highest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) highest = fmaxf(highest, is_lost && (left >> i) & 1u ? delta[i] : -INFINITY);
+    highest = highest_of_tile(highest, lanes);
+    float again = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) again += is_lost && (left >> i) & 1u ? exp2f(delta[i] - highest) : 0.0f;
+    again = sum_of_tile(again, lanes);
+    if (is_lost) {
+      sum = again;
+      shift = highest;
+    }
+  }
+  return sum > 0.0f ? tile_max + shift + log2f(sum) : -INFINITY;
+}
+
 // Grid: (chunks, KV, B).
 __global__ void __launch_bounds__(kThreads) emit_kernel(const TopKArgs a) {
-  __shared__ int page_first[kThreads];
-  const int request = blockIdx.z, kv_head = blockIdx.y, chunk = blockIdx.x;
-  const int group = a.heads / a.kv_heads;
+  __shared__ int span_count[kSpans];
+  __shared__ float left_of[kHeadsAtOnce][kMostTiles];
+  const int request = blockIdx.z, kv_head = blockIdx.y, chunk = blockIdx.x, group = a.heads / a.kv_heads;
   const int64_t index = static_cast<int64_t>(request) * a.kv_heads + kv_head;
   const int64_t head = static_cast<int64_t>(request) * a.heads + kv_head * group;
   const Candidates c = candidates_of(a, request);
   int* positions = a.positions + index * (a.top_k + a.sink_tokens + a.recent_tokens + a.page_size);
   if (chunk == 0) list_always(a, c, a.seq_lens[request], positions);
 
-  const int pages_per_chunk = kChunkTokens / a.page_size;  // at most kThreads
-  const int first_page = chunk * pages_per_chunk, size = tile_tokens(a);
-  const unsigned long long threshold = a.scratch.items[index].threshold;
-  Page page{0, size, a.page_size / size, a.scratch.keys + index * tokens_per_head(a)};
-  const auto has_candidates = [&](int p) { return p * a.page_size < c.end && (p + 1) * a.page_size > c.first; };
-  const bool is_empty = first_page * a.page_size >= c.end;
-  if (!is_empty) {
-    for (int i = warp_index(); i < pages_per_chunk; i += kWarps) {
-      page.first_token = (first_page + i) * a.page_size;
-      const unsigned flags = has_candidates(first_page + i) ? selected_tokens(page, c, threshold) : 0;
-      const int count = warp_sum(__popc(flags));
-      if (lane_index() == 0) page_first[i] = count;
+  const int first_page = chunk * (kChunkTokens / a.page_size);
+  const int pages = min(kChunkTokens / a.page_size, a.pages - first_page), first_token = chunk * kChunkTokens;
+  if (first_token >= c.end) {
+    for (int i = threadIdx.x; a.residual && i < pages * group; i += blockDim.x) {
+      a.residual[(head + i / pages) * a.pages + first_page + i % pages] = -INFINITY;
     }
-    int before = 0;
-    for (int i = threadIdx.x; i < chunk; i += blockDim.x) before += a.scratch.chunk_counts[index * gridDim.x + i];
-    before = block_sum(before);
-    const int own = static_cast<int>(threadIdx.x) < pages_per_chunk ? page_first[threadIdx.x] : 0;
-    int total;
-    before += block_scan(own, total);
-    if (static_cast<int>(threadIdx.x) < pages_per_chunk) page_first[threadIdx.x] = before;
-    __syncthreads();
+    return;
   }
-  for (int i = warp_index(); i < pages_per_chunk && first_page + i < a.pages; i += kWarps) {
-    const int p = first_page + i;
-    if (is_empty || !has_candidates(p)) {
-      for (int g = lane_index(); a.residual && g < group; g += 32) a.residual[(head + g) * a.pages + p] = -INFINITY;
-      continue;
+  const unsigned* keys = a.scratch.keys + index * tokens_per_head(a);
+  const unsigned long long threshold = a.scratch.items[index].threshold;
+  Tokens tokens[kSpansPerWarp];
+  int place[kSpansPerWarp];  // of the lane's first selected token among those of the span
+#pragma unroll
+  for (int i = 0; i < kSpansPerWarp; ++i) {
+    const int span = i * kWarps + warp_index();
+    tokens[i] = read_tokens(keys, c, first_token + span * kSpanTokens + lane_index() * kLaneTokens, threshold);
+    int total;
+    place[i] = warp_scan(__popc(tokens[i].is_selected), total);
+    if (lane_index() == 0) span_count[span] = total;
+  }
+  int before = 0;
+  for (int i = threadIdx.x; i < chunk; i += blockDim.x) before += a.scratch.chunk_counts[index * gridDim.x + i];
+  before = block_sum(before);
+#pragma unroll
+  for (int i = 0; i < kSpansPerWarp; ++i) {
+    const int span = i * kWarps + warp_index();
+    int own = before + place[i];
+    for (int s = 0; s < span; ++s) own += span_count[s];
+    const int position = first_token + span * kSpanTokens + lane_index() * kLaneTokens;
+#pragma unroll
+    for (int j = 0; j < kLaneTokens; ++j) {
+      if ((tokens[i].is_selected >> j) & 1u) positions[own++] = position + j;
     }
-    page.first_token = p * a.page_size;
-    const unsigned flags = selected_tokens(page, c, threshold);
-    int first = page_first[i];
-    for (int t = 0; t < page.tiles; ++t) {
-      const unsigned mine = (flags >> (t * 4)) & 15u;
-      int total;
-      int own = first + warp_scan(__popc(mine), total);
-      for (int j = 0; j < 4; ++j) {
-        if ((mine >> j) & 1u) positions[own++] = page.first_token + t * size + lane_index() * 4 + j;
+  }
+  if (!a.residual) return;
+
+  const int size = tile_tokens(a), lanes = size / kLaneTokens, tiles = a.page_size / size;
+  const unsigned own_tile = ((1u << lanes) - 1) << (lane_index() / lanes * lanes);
+  for (int g = 0; g < group; g += kHeadsAtOnce) {
+    const int heads = min(kHeadsAtOnce, group - g);
+#pragma unroll
+    for (int i = 0; i < kSpansPerWarp; ++i) {
+      const int in_chunk = (i * kWarps + warp_index()) * kSpanTokens + lane_index() * kLaneTokens;
+      const unsigned left = tokens[i].is_candidate & ~tokens[i].is_selected;
+      const bool is_cut = __ballot_sync(kAllLanes, tokens[i].is_selected) & own_tile;
+      const unsigned having = __ballot_sync(kAllLanes, left) & own_tile;
+      for (int h = 0; h < heads; ++h) {
+        const float value = left_of_tile(a, head + g + h, first_token + in_chunk, left, is_cut);
+        // The first lane of the tile that has something left speaks for it; without one the first lane does.
+        const int speaker = having ? __popc((having & (0u - having)) - 1u) : lane_index() / lanes * lanes;
+        if (lane_index() == speaker) left_of[h][in_chunk / size] = value;
       }
-      first += total;
     }
-    for (int g = 0; a.residual && g < group; ++g) {
-      const float left = left_of_page(a, page, c, head + g, flags);
-      if (lane_index() == 0) a.residual[(head + g) * a.pages + p] = left;
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * pages; i += blockDim.x) {
+      const int h = i / pages, page = i % pages;
+      const float* of_page = &left_of[h][page * tiles];
+      float highest = of_page[0], sum = 0.0f;
+      for (int t = 1; t < tiles; ++t) highest = fmaxf(highest, of_page[t]);
+      for (int t = 0; t < tiles && highest > -INFINITY; ++t) sum += exp2f(of_page[t] - highest);
+      a.residual[(head + g + h) * a.pages + first_page + page] = sum > 0.0f ? (highest + log2f(sum)) * kLn2 : -INFINITY;
     }
+    __syncthreads();
   }
 }
 

@@ -104,6 +104,11 @@ inline T __ldcg(const T* at) {
   return *at;
 }
 
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(a >> (8 * i)) * static_cast<int8_t>(b >> (8 * i));
+  return sum;
+}
+inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyintf(value)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;

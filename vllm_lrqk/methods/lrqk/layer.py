@@ -104,7 +104,7 @@ class LRQKLayer(Layer):
         self._seal_filled(query, key.shape[1], [(chunk, 0)])
 
     def _seal_filled(self, query: torch.Tensor, kv_heads: int, chunks: list[tuple[PrefillChunk, int]]) -> None:
-        """Seal the pages that some chunks fill; the number beside a chunk is the place of its first query in `query`."""
+        """Seal the pages that some chunks fill; the number beside each is the place of its first query in `query`."""
         pages, starts, ends = [], [], []
         for chunk, first in chunks:
             if chunk.filled:
