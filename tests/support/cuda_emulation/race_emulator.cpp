@@ -52,7 +52,7 @@ struct Block {
   uint64_t slots[32][32];
   // Addresses alone; of two barriers in turn, as a thread may reach the next one before others have left this one.
   char start, warp_barrier[32][2], block_barrier[2];
-  bool is_published = false;             // every thread fenced before the last barrier of the block
+  bool is_published = false;  // every thread fenced before the last barrier of the block
   void* last_atomic = nullptr;
   size_t last_size = 0;
 
