@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import races
-from emulated import emulated_operators
 
 WEIGH = "cuda/topk/weigh.cu"
 PLANTED = {
@@ -44,11 +43,6 @@ PLANTED = {
         "is_last_block",
     ),
 }
-
-
-def test_layout_names() -> None:
-    """Those that the program reads by their order."""
-    assert emulated_operators().cuda_page_layout_names() == races.LAYOUT_NAMES
 
 
 def test_no_races_and_the_same_results_in_any_order(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import EMULATION, HEADERS, ROOT, cuda_folder
+from emulated import EMULATION, HEADERS, ROOT, cuda_folder, emulated_operators
 
 from vllm_lrqk.methods.lrqk.format import PageFormat
 
@@ -18,11 +18,6 @@ RUNTIME = EMULATION / "race_emulator.cpp"
 # Without points-to analysis the compiler leaves out accesses to shared memory whose address goes nowhere.
 FLAGS = ["-std=c++20", "-O1", "-fno-tree-pta", "-g", "-Wno-unknown-pragmas", "-DLRQK_FIND_RACES", f"-I{EMULATION}"]
 PAGE = PageFormat(page_size=256, head_size=32, rank=8, factor_dtype=torch.int8, value_rank=8)
-LAYOUT_NAMES = (
-    "rank,value_rank,is_int8,page_bytes,projection_offset,projection_scale_offset,value_mean_offset,"
-    "value_projection_offset,value_scale_offset,key_factor_mean_offset,"
-)
-"""As kPageLayoutNames of csrc/layout.h."""
 FOUND = 66
 
 
@@ -75,7 +70,7 @@ def planted(folder: Path, source: str, file: str, old: str, new: str) -> Path:
 def run(program: Path, interleavings: int, stops_at_first: bool = False) -> tuple[int, str]:
     """Exit status (`FOUND`: ThreadSanitizer reported something) and output."""
     without_randomised_addresses = [shutil.which("setarch"), "-R"] if shutil.which("setarch") else []
-    layout = map(str, PAGE.layout_values(LAYOUT_NAMES))
+    layout = map(str, PAGE.layout_values(emulated_operators().cuda_page_layout_names()))
     options = f"history_size=0 exitcode={FOUND} halt_on_error={int(stops_at_first)}"
     command = [*map(str, without_randomised_addresses), str(program), str(interleavings), str(PAGE.page_size), *layout]
     result = subprocess.run(command, capture_output=True, text=True, env={"TSAN_OPTIONS": options})
