@@ -72,9 +72,9 @@ def test_what_is_not_fine_says_what_to_do() -> None:
 
 
 @pytest.mark.skipif(not SETS, reason="CPU kernels are not built")
-@pytest.mark.parametrize("fault", ["decode", "nan"])
+@pytest.mark.parametrize("fault", ["decode", "nan", "another version"])
 def test_a_faulty_kernel_is_found(fault: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """A decode kernel that forgets a tenth of the output's size, and one that gives no number."""
+    """A decode kernel that forgets a tenth of the output's size, gives no number, or is of another version."""
     make = selftest.make_lrqk
 
     def make_faulty(name: str) -> Any:
@@ -83,6 +83,8 @@ def test_a_faulty_kernel_is_found(fault: str, monkeypatch: pytest.MonkeyPatch, c
             decode = layer.decoder.kernels.decode_attention
 
             def faulty(*arguments: Any) -> Any:
+                if fault == "another version":
+                    raise RuntimeError("vllm_lrqk::cpu_decode() expected at most 15 argument(s) but received 16")
                 rows = decode(*arguments)
                 arguments[-1].mul_(0.9 if fault == "decode" else torch.nan)
                 return rows

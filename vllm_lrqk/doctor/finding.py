@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+REBUILD = "install it again beside this torch: pip install --force-reinstall --no-deps ."
+"""What to do about compiled kernels that do not suit."""
 Status = Literal["fine", "note", "problem"]
 
 

@@ -10,7 +10,7 @@ from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.layer import Layer, LayerMemory, LayerPlace, LayerShape
 from vllm_lrqk.core.step import build_step, filled_pages
 from vllm_lrqk.devices import cpu
-from vllm_lrqk.doctor.finding import Finding
+from vllm_lrqk.doctor.finding import REBUILD, Finding
 from vllm_lrqk.methods.aqua import cpu as aqua_cpu
 from vllm_lrqk.methods.aqua import kernels as aqua_kernels
 from vllm_lrqk.methods.aqua.basis import make_basis
@@ -125,12 +125,15 @@ def check(method: str, make: Callable[[str], Layer], sets: tuple[str, ...], toke
         return Finding(topic, "problem", "plain torch gives no numbers", "install this torch again")
     errors = {}
     for name in sets:
-        output = serve(make(name), tokens)
+        try:
+            output = serve(make(name), tokens)
+        except (RuntimeError, AttributeError) as error:  # a library of another version has other operators
+            reason = str(error).splitlines()[0][:120]
+            return Finding(topic, "problem", f"the {name} kernels cannot be called ({reason})", REBUILD)
         parts = ((output[of] - expected[of]).norm() / expected[of].norm() for of in (PREFILLED, DECODED))
         errors[name] = max(float(part.nan_to_num(torch.inf)) for part in parts)
     text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) or "plain torch alone"
     bad = [name for name, error in errors.items() if not error < TOLERANCE]
     if bad:
-        remedy = "build the kernels again (pip install --force-reinstall --no-deps .); if it stays, report it"
-        return Finding(topic, "problem", f"off from plain torch by {text}", remedy)
+        return Finding(topic, "problem", f"off from plain torch by {text}", f"{REBUILD}; if it stays, report it")
     return Finding(topic, "fine", f"off from plain torch by {text}" if errors else text)

@@ -11,10 +11,8 @@ from itertools import pairwise
 
 from vllm_lrqk import __version__
 from vllm_lrqk.devices import cpu, cuda_library
-from vllm_lrqk.doctor.finding import Finding
+from vllm_lrqk.doctor.finding import REBUILD, Finding
 from vllm_lrqk.integration import compat
-
-REBUILD = "install it again beside this torch: pip install --force-reinstall --no-deps ."
 
 
 def findings() -> Iterator[Finding]:
