@@ -53,7 +53,7 @@ def test_the_console_script_knows_its_commands(monkeypatch):
     with pytest.raises(SystemExit, match="vllm-lrqk calibrate: MODEL 'nowhere/at-all' cannot be loaded"):
         command_line.main()
     monkeypatch.setattr(sys, "argv", ["vllm-lrqk", "serve"])
-    with pytest.raises(SystemExit, match="usage: vllm-lrqk eval"):
+    with pytest.raises(SystemExit, match="usage: vllm-lrqk plan"):
         command_line.main()
 
 
