@@ -24,6 +24,15 @@ def tokens(llm, prompts, count=24):
     return [list(output.token_ids) for output in greedy(llm, prompts, count)]
 
 
+def add_requests(llm, prompts, count):
+    """Requests "0", "1", ... that nobody has stepped yet."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+    for name, prompt in enumerate(prompts):
+        llm.llm_engine.add_request(str(name), prompt, parameters)
+
+
 @pytest.fixture(scope="module")
 def alone(model):
     """Whole prompts, one at a time."""
@@ -44,9 +53,10 @@ def test_a_window_over_all_tokens_is_dense(model):
     [
         {"max_num_seqs": 4},
         {"max_num_seqs": 4, "max_num_batched_tokens": 256},
+        {"max_num_seqs": 4, "max_num_batched_tokens": 300},
         {"max_num_seqs": 3, "max_num_batched_tokens": 60},
     ],
-    ids=["batch", "chunks of 256", "chunks of 60"],
+    ids=["batch", "chunks of 256", "chunks of 300", "chunks of 60"],
 )
 def test_schedules_do_not_show(model, alone, settings):
     with lola(model, **settings) as llm:
@@ -63,20 +73,47 @@ def test_small_memory_does_not_show(model, alone):
             assert tokens(llm, token_prompts(LENGTHS)) == alone
 
 
-@pytest.mark.parametrize("length", [64, 500, 1500])
-def test_a_request_takes_one_block_however_long_it_is(model, length):
-    from vllm import SamplingParams
+def test_preemption_does_not_show(model, alone):
+    """Running requests lose their memory every few steps and are computed anew, some while chunks of their prompt
+    are still missing, some amid their answers."""
+    with lola(model, max_num_seqs=4, max_num_batched_tokens=256) as llm:
+        preempted, found, steps = [], {}, 0
+        preempt = scheduler(llm)._preempt_request
 
-    parameters = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
-    with lola(model) as llm:
-        pool, used = scheduler(llm).kv_cache_manager.block_pool, set()
-        llm.llm_engine.add_request("one", token_prompts([length])[0], parameters)
+        def count(request, *arguments, **keywords):
+            preempted.append(request.num_output_tokens)
+            return preempt(request, *arguments, **keywords)
+
+        scheduler(llm)._preempt_request = count
+        add_requests(llm, token_prompts(LENGTHS), 24)
         while llm.llm_engine.has_unfinished_requests():
-            llm.llm_engine.step()
-            if llm.llm_engine.has_unfinished_requests():
-                used.add(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
-        assert used == {1}
-        assert counters(llm)["decode_tokens"] > 0
+            found |= {int(out.request_id): list(out.outputs[0].token_ids) for out in llm.llm_engine.step()}
+            steps += 1
+            if steps % 9 == 0:
+                assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+        assert [found[i] for i in range(len(LENGTHS))] == alone
+        assert len(preempted) >= 6
+        assert max(preempted) > 5
+
+
+def test_a_request_takes_one_block_however_long_it_is(model):
+    """1K, 4K and 64K tokens: one block of one size, also in an engine that takes 64K."""
+    sizes = {}
+    for longest in (2048, 65536):
+        with lola(model, max_model_len=longest, max_num_batched_tokens=8192) as llm:
+            pool = scheduler(llm).kv_cache_manager.block_pool
+            (group,) = scheduler(llm).kv_cache_config.kv_cache_groups
+            sizes[longest] = group.kv_cache_spec.page_size_bytes
+            for length in (n for n in (64, 1024, 4096, 65532) if n < longest):
+                used = set()
+                add_requests(llm, token_prompts([length]), 4)
+                while llm.llm_engine.has_unfinished_requests():
+                    llm.llm_engine.step()
+                    if llm.llm_engine.has_unfinished_requests():
+                        used.add(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+                assert used == {1}, length
+            assert counters(llm)["decode_tokens"] > 0
+    assert len(set(sizes.values())) == 1
 
 
 @pytest.mark.parametrize(
