@@ -20,6 +20,7 @@ def register() -> None:
     for method in METHODS:
         compat.register_backend(method, names.backend_path(method))
     compat.register_backend(names.REQUEST_BACKEND, "vllm_lrqk.integration.request_blocks.RequestBackend")
+    compat.register_backend(names.WINDOW_BACKEND, names.WINDOW_BACKEND_PATH)
     compat.wrap_check_and_update_config(_after_platform_check)
     compat.wrap_cpu_backend_selection(METHODS, _select_on_cpu)
 

@@ -52,11 +52,49 @@ def tiny_llama(
     return path
 
 
+def tiny_gemma3(folder: Path, window: int = 48, full: tuple[int, ...] = (1, 4)) -> Path:
+    """A random Gemma 3 of six layers, of which `full` attend to all tokens, that decides as clearly as `tiny_llama`."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    path = folder / f"gemma3-{window}-{'-'.join(map(str, full))}"
+    if path.exists():
+        return path
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            query_pre_attn_scalar=64,
+            sliding_window=window,
+            layer_types=["full_attention" if layer in full else "sliding_attention" for layer in range(6)],
+            max_position_embeddings=65536,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                gain = {"q_proj": 2.0, "k_proj": 2.0, "embed_tokens": 4.0}.get(name.split(".")[-2], 1.0)
+                parameter.normal_(0, gain / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(path)
+    return path
+
+
 @contextmanager
-def engine(model: Path, values: dict[str, Any] | None = None, method: str = "LRQK", **settings: Any) -> Iterator[Any]:
+def engine(
+    model: Path, values: dict[str, Any] | None = None, method: str = "LRQK", has_windows: bool = False, **settings: Any
+) -> Iterator[Any]:
     """An `LLM` of a method with the given values of its settings; None gives vLLM's own CPU backend.
 
-    At the end every block must be free again, and every layer must have been served by what was asked for.
+    At the end every block must be free again, and every layer must have been served by what was asked for; where
+    `has_windows`, those with a sliding window by the package's own backend for them.
     """
     from vllm import LLM
 
@@ -65,6 +103,7 @@ def engine(model: Path, values: dict[str, Any] | None = None, method: str = "LRQ
         "enforce_eager": True,
         "max_model_len": 2048,
         "max_num_seqs": 8,
+        "gpu_memory_utilization": 0.3,  # of which vLLM asks that it is free at the start; pools have sizes of their own
         "skip_tokenizer_init": True,
         "seed": 0,
     }
@@ -78,7 +117,8 @@ def engine(model: Path, values: dict[str, Any] | None = None, method: str = "LRQ
     _alive += 1
     try:
         yield llm
-        assert_backend(llm, "CPUAttentionBackendImpl" if values is None else f"{method}Impl")
+        windows = {"WindowImpl"} if has_windows else set()
+        assert_backend(llm, {"CPUAttentionBackendImpl"} if values is None else {f"{method}Impl"} | windows)
         assert_nothing_in_use(llm)
     finally:
         _alive -= 1
@@ -95,8 +135,8 @@ def counters(llm: Any) -> dict[str, Any]:
     return llm.collective_rpc("lrqk_counters")[0]
 
 
-def assert_backend(llm: Any, implementation: str) -> None:
-    """Every attention layer runs `implementation`: the live object, not the flag."""
+def assert_backend(llm: Any, implementations: set[str]) -> None:
+    """The attention layers run `implementations`: the live objects, not the flag."""
 
     def names(worker: Any) -> set[str]:
         layers = worker.vllm_config.compilation_config.static_forward_context
@@ -104,7 +144,7 @@ def assert_backend(llm: Any, implementation: str) -> None:
 
     executor = llm.llm_engine.engine_core.engine_core.model_executor
     found = names(executor.driver_worker.worker)
-    assert found == {implementation}, found
+    assert found == implementations, found
 
 
 def assert_nothing_in_use(llm: Any) -> None:
@@ -115,6 +155,8 @@ def assert_nothing_in_use(llm: Any) -> None:
     for group in manager.coordinator.single_type_managers:
         assert not group.req_to_blocks, group.req_to_blocks
         assert not group.num_cached_block
+        if group.block_pool is not pool:
+            assert group.block_pool.get_num_free_blocks() == group.block_pool.num_gpu_blocks - 1
         spare = getattr(group, "spare_pool", None)
         if spare is not None:
             assert spare.get_num_free_blocks() == spare.num_gpu_blocks - 1

@@ -36,6 +36,8 @@ class Capacity:
         num_blocks: of vLLM's pool, the null block included.
         host_pages: ids below this have a host page, the null block's included; None without a host tier.
         max_requests: requests that run at once (vLLM's `max_num_seqs`).
+        least_block_bytes: of a block, where other layers than these are what makes it wide.
+        other_blocks: of the pool, those of other layers alone.
     """
 
     plan: MemoryPlan
@@ -44,11 +46,18 @@ class Capacity:
     num_blocks: int
     host_pages: int | None
     max_requests: int
+    least_block_bytes: int = 0
+    other_blocks: int = 0
 
     @property
     def block_bytes(self) -> int:
         """Of one block of the pool."""
-        return self.heads * self.plan.block_bytes
+        return max(self.heads * self.plan.block_bytes, self.least_block_bytes)
+
+    @property
+    def own_blocks(self) -> int:
+        """Blocks of the pool that are not other layers', the null block included."""
+        return self.num_blocks - self.other_blocks
 
     @property
     def device_bytes_per_token(self) -> int:
@@ -72,7 +81,7 @@ class Capacity:
     @property
     def device_tokens(self) -> int:
         """Tokens that the pool would hold if no request owned blocks."""
-        return self.num_blocks * self.plan.block_size
+        return self.own_blocks * self.plan.block_size
 
     @property
     def host_tokens(self) -> int | None:
@@ -82,7 +91,7 @@ class Capacity:
     @property
     def dense_tokens(self) -> int:
         """Tokens for which dense attention would have room in the pool's memory."""
-        return self.num_blocks * self.block_bytes // self.dense_bytes_per_token
+        return self.own_blocks * self.block_bytes // self.dense_bytes_per_token
 
     def blocks_of(self, length: int) -> tuple[int, int]:
         """Pages and constant blocks that a request of so many tokens takes."""
@@ -92,7 +101,7 @@ class Capacity:
     def requests(self, length: int) -> int:
         """Requests of so many tokens that run at once, `max_requests` at most."""
         pages, constant = self.blocks_of(length)
-        found = min(self.max_requests, (self.num_blocks - 1) // (pages + constant))
+        found = min(self.max_requests, (self.own_blocks - 1) // (pages + constant))
         if self.host_pages is not None:
             found = min(found, (self.host_pages - 1) // pages)
         return max(0, found)
@@ -113,7 +122,7 @@ class Capacity:
         Blocks that requests own lie first where no page can.
         """
         pages, constant = self.blocks_of(length)
-        usable = self.num_blocks - 1
+        usable = self.own_blocks - 1
         if not self.plan.is_paged:
             return usable // constant * length
         owned = int(constant * min(self.max_requests, usable / (pages + constant)))

@@ -71,6 +71,8 @@ class Method(ABC):
     settings_type: ClassVar[type[Settings]]
     block_size_setting: ClassVar[str]
     """The setting, with its key, that vLLM's block size follows."""
+    serves_windows: ClassVar[bool] = False
+    """Whether layers with a sliding window may stand beside its own, which are served exactly."""
     tallies: ClassVar[tuple[str, ...]] = ()
     """Names of what its kernels count on the device."""
 

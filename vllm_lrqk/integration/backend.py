@@ -56,8 +56,10 @@ class MethodBackend(BackendBase):
                 f"{cls.method} serves full attention with equal key and value sizes, this layer has {spec}."
             )
         plan = cls.engine.method.plan(spec.head_size, spec.dtype, cls.engine.group)
-        shape = plan, spec.num_kv_heads, spec.head_size, cls.engine.num_host_pages
-        return page_spec(*shape, cls.series) if plan.is_paged else request_spec(*shape)
+        shape = plan, spec.num_kv_heads, spec.head_size
+        if not plan.is_paged:
+            return request_spec(*shape, cls.engine.first_spare_block)
+        return page_spec(*shape, cls.engine.num_host_pages, cls.series)
 
 
 @cache

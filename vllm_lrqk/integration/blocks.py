@@ -40,6 +40,7 @@ class RequestSpec(AttentionSpec):
 
     blocks_per_request: int
     host_pages: int | None
+    """Block ids from this on can hold no tokens, and are taken first."""
 
     @property
     def prefix_cacheable(self) -> bool:

@@ -46,6 +46,13 @@ def register_backend(name: str, class_path: str) -> Any:
     return registry.AttentionBackendEnum[name]
 
 
+def registered_backend(name: str) -> Any:
+    """The member of vLLM's backend enum with this name (0.32)."""
+    from vllm.v1.attention.backends import registry
+
+    return registry.AttentionBackendEnum[name]
+
+
 def _platform_class() -> Any:
     from vllm.platforms import current_platform
 
@@ -108,14 +115,35 @@ def remove_free_blocks(block_pool: Any, first: int) -> None:
     block_pool.num_gpu_blocks = min(block_pool.num_gpu_blocks, first)
 
 
-def make_block_pool(ids: range, hash_block_size: int) -> Any:
+def make_block_pool(ids: range, hash_block_size: int, enable_caching: bool = False) -> Any:
     """A block pool of its own over `ids`; blocks find their way back to it when vLLM frees them (0.32)."""
     from vllm.v1.core.block_pool import BlockPool
 
-    pool = BlockPool(num_gpu_blocks=len(ids) + 1, enable_caching=False, hash_block_size=hash_block_size)
+    pool = BlockPool(num_gpu_blocks=len(ids) + 1, enable_caching=enable_caching, hash_block_size=hash_block_size)
     for block, block_id in zip(pool.blocks[1:], ids):
         block.block_id = block_id
     return pool
+
+
+def shared_pool(block_pool: Any, ids: range, enable_caching: bool) -> Any:
+    """The pool over `ids` that several groups share, made by the first of them beside vLLM's own (0.32)."""
+    pools = vars(block_pool).setdefault("_lrqk_pools", {})
+    if ids not in pools:
+        pools[ids] = make_block_pool(ids, block_pool.hash_block_size, enable_caching)
+    return pools[ids]
+
+
+def claim_blocks(pool: Any, group: int, count: int) -> bool:
+    """Whether a pool has so many free blocks for a group beside what others have claimed for the same request (0.32).
+
+    vLLM asks every group in turn how much a request needs before it takes anything; a group that is asked again is
+    asked for another request.
+    """
+    claims = vars(pool).setdefault("_lrqk_claims", {})
+    if group in claims:
+        claims.clear()
+    claims[group] = count
+    return sum(claims.values()) <= pool.get_num_free_blocks()
 
 
 def on_blocks_moved(block_pool: Any, callback: Callable[[int, int], None]) -> None:

@@ -31,7 +31,7 @@ class CompanionLayer(nn.Module, AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> RequestSpec:
         engine = engine_of(vllm_config)
         plan = engine.method.plan(self.head_size, kv_dtype(vllm_config), engine.group)
-        return request_spec(plan, self.num_kv_heads, self.head_size, engine.num_host_pages)
+        return request_spec(plan, self.num_kv_heads, self.head_size, engine.first_spare_block)
 
 
 class RequestBackend(BackendBase):

@@ -10,8 +10,17 @@ from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.host_memory import DEFAULT_SHARE, GIB, free_host_memory
 from vllm_lrqk.core.method import MemoryPlan, Method
 from vllm_lrqk.core.model_heads import kv_heads_of_blocks, rank_heads
+from vllm_lrqk.core.windows import WindowLayers, WindowPlan, full_attention_layers, plan_windows, windows_served
 from vllm_lrqk.integration import compat
 from vllm_lrqk.methods import METHODS, method_class
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Layers with a sliding window beside the method's, and the block ids that are theirs."""
+
+    plan: WindowPlan
+    blocks: range
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +28,7 @@ class Engine:
     """What an engine was started with.
 
     Args:
-        heads: KV heads of all layers of one rank, of that with most.
+        heads: KV heads of all layers of one rank that the method serves, of that rank with most.
         host: the host tier of one rank; None where the method has none.
         metrics_folder: where its processes write what `/metrics` shows; None: nowhere.
     """
@@ -30,11 +39,18 @@ class Engine:
     heads: int
     host: HostTier | None = None
     metrics_folder: str | None = None
+    windows: Windows | None = None
+    """Layers with a sliding window; None: all layers are the method's."""
 
     @property
     def num_host_pages(self) -> int | None:
         """Block ids below this have a host page; None without a host tier."""
         return None if self.host is None else self.host.num_pages
+
+    @property
+    def first_spare_block(self) -> int | None:
+        """Block ids from this on hold neither tokens nor windows; None without a host tier."""
+        return self.num_host_pages if self.windows is None else self.windows.blocks.stop
 
     def plan(self, vllm_config: Any) -> MemoryPlan:
         """What a layer of the model needs."""
@@ -45,7 +61,8 @@ class Engine:
         model, plan = vllm_config.model_config, self.plan(vllm_config)
         dense_bytes = 2 * model.get_head_size() * model.dtype.itemsize
         max_requests = vllm_config.scheduler_config.max_num_seqs
-        return Capacity(plan, self.heads, dense_bytes, num_blocks, self.num_host_pages, max_requests)
+        rest = (0, 0) if self.windows is None else (self.windows.plan.block_bytes, len(self.windows.blocks))
+        return Capacity(plan, self.heads, dense_bytes, num_blocks, self.num_host_pages, max_requests, *rest)
 
 
 class EngineSettings(dict):
@@ -97,11 +114,57 @@ def misplaced_settings(additional: Any) -> list[str]:
     return [key for key in additional if str(key).lower() in known] if isinstance(additional, dict) else []
 
 
-def host_tier(method: Method, vllm_config: Any, heads: int) -> HostTier | None:
-    """The host tier of one rank: its part of what the settings ask for, or of a share of what is free."""
+def rank_memory(method: Method, vllm_config: Any) -> int:
+    """Bytes for keys and values of one rank: its part of what the settings ask for, or of a share of what is free."""
     asked = method.host_memory_gib
     memory = int(free_host_memory() * DEFAULT_SHARE) if asked is None else int(asked * GIB)
-    return HostTier.of(model_plan(method, vllm_config), heads, memory // ranks_per_host(vllm_config))
+    return memory // ranks_per_host(vllm_config)
+
+
+def windows_beside(method: Method, vllm_config: Any, heads: int, memory: int) -> tuple[Windows | None, HostTier | None]:
+    """What windows take of a rank's memory for keys and values, and the host tier of the rest.
+
+    Args:
+        heads: KV heads of all layers of the rank that the method serves.
+        memory: as `rank_memory`.
+    """
+    plan, layers = model_plan(method, vllm_config), window_layers(vllm_config)
+    if layers is None:
+        return None, HostTier.of(plan, heads, memory)
+    windows = plan_windows(layers, heads * plan.block_bytes, plan.block_size)
+    max_requests, in_flight = vllm_config.scheduler_config.max_num_seqs, vllm_config.max_in_flight_tokens
+    count = windows_served(windows, memory, max_requests, in_flight)
+    host = HostTier.of(plan, heads, memory - count * windows.block_bytes)
+    assert host is not None
+    pool = _asked_blocks(vllm_config, windows)
+    if pool is not None:
+        if pool < count + 2:
+            raise ConfigError(
+                f"--kv-cache-memory-bytes or --num-gpu-blocks-override gives {pool} blocks, but the sliding windows of "
+                f"--max-num-seqs {max_requests} requests take {count}: leave it out, or lower --max-num-seqs."
+            )
+        host = HostTier(min(host.num_pages, pool - count) * host.page_bytes, host.page_bytes)
+    return Windows(windows, range(host.num_pages, host.num_pages + count)), host
+
+
+def _asked_blocks(vllm_config: Any, windows: WindowPlan) -> int | None:
+    """Blocks of the pool, where the user has sized it."""
+    cache = vllm_config.cache_config
+    if cache.num_gpu_blocks_override is not None:
+        return cache.num_gpu_blocks_override
+    asked = cache.kv_cache_memory_bytes
+    return None if asked is None else asked // windows.block_bytes
+
+
+def window_layers(vllm_config: Any) -> WindowLayers | None:
+    """The layers with a sliding window; None where all layers attend to all tokens."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    count = sum(kind == "sliding_attention" for kind in kinds)
+    if model.disable_sliding_window or not count or not model.get_sliding_window():
+        return None
+    row = 2 * model.get_head_size() * model.dtype.itemsize
+    return WindowLayers(model.get_sliding_window(), count, model.get_num_kv_heads(parallel) * row)
 
 
 def ranks_per_host(vllm_config: Any) -> int:
@@ -124,12 +187,15 @@ def model_group(vllm_config: Any) -> int:
 
 
 def model_heads(vllm_config: Any) -> int:
-    """KV heads of all layers of one rank, of that with most."""
+    """KV heads of all layers of one rank that the method serves, of that rank with most."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = model.get_total_num_hidden_layers()
     heads = kv_heads_of_blocks(model.hf_text_config, model.model_arch_config.total_num_attention_heads)
     if heads is None:
         heads = [model.model_arch_config[layer].total_num_kv_heads for layer in range(layers)]
+    if window_layers(vllm_config) is not None:
+        served = full_attention_layers(model.hf_text_config.layer_types, layers)
+        heads = [count if layer in served else 0 for layer, count in enumerate(heads)]
     return rank_heads(heads, parallel.tensor_parallel_size, compat.pipeline_stages(vllm_config))
 
 

@@ -16,13 +16,14 @@ from vllm_lrqk.integration.settings import (
     Engine,
     EngineSettings,
     engine_of,
-    host_tier,
     make_method,
     misplaced_settings,
     model_group,
     model_heads,
     model_plan,
+    rank_memory,
     ranks_per_host,
+    windows_beside,
 )
 from vllm_lrqk.methods import METHODS
 
@@ -83,8 +84,9 @@ def prepare(vllm_config: Any) -> None:
         if is_cpu:
             check_cpu_binding(vllm_config)
         heads = model_heads(vllm_config)
-        host = host_tier(method, vllm_config, heads)
-        engine = Engine(method, model_group(vllm_config), heads, host, metrics.expose())
+        memory = rank_memory(method, vllm_config)
+        windows, host = windows_beside(method, vllm_config, heads, memory)
+        engine = Engine(method, model_group(vllm_config), heads, host, metrics.expose(), windows)
     if is_new:  # and else the same object: it is what a worker's layers and vLLM's worker have in common
         vllm_config.additional_config = EngineSettings(additional if isinstance(additional, dict) else {})
         vllm_config.additional_config.engine = engine
@@ -108,13 +110,19 @@ def _size_cpu_pool(vllm_config: Any, engine: Engine) -> None:
     if engine.host is None or cache.kv_cache_memory_bytes is not None or cache.num_gpu_blocks_override is not None:
         return
     blocks = backed_blocks(engine.plan(vllm_config), engine.host, vllm_config.scheduler_config.max_num_seqs)
+    if engine.windows is not None:
+        blocks += len(engine.windows.blocks)
     cache.kv_cache_memory_bytes = blocks * engine.capacity(vllm_config, blocks).block_bytes
 
 
 def _check_free_memory(vllm_config: Any, method: Method, is_cpu: bool) -> None:
     if method.host_memory_gib is None:
         return
-    pool = (vllm_config.cache_config.kv_cache_memory_bytes or 0) * ranks_per_host(vllm_config) if is_cpu else 0
+    pool = vllm_config.cache_config.kv_cache_memory_bytes or 0 if is_cpu else 0
+    windows = engine_of(vllm_config).windows
+    if windows is not None:  # which the method's host memory is asked for as well
+        pool = max(0, pool - len(windows.blocks) * windows.plan.block_bytes)
+    pool *= ranks_per_host(vllm_config)
     check_host_share(method.host_memory_gib, pool, host_memory(), f"{method.settings.key}.host_memory_gib")
 
 
@@ -129,6 +137,8 @@ def _warn_untested_version() -> None:
 
 def select_backend(backend: Any, selector_config: AttentionSelectorConfig) -> str:
     """Class path of the backend on the CPU platform, after the checks that CUDA's selection makes by itself."""
+    if selector_config.has_sliding_window:
+        backend = compat.registered_backend(names.WINDOW_BACKEND)
     check_selector(backend.get_class(), selector_config)
     return backend.get_path()
 

@@ -30,6 +30,7 @@ class LRQK(Method):
     name = "LRQK"
     settings_type = LRQKSettings
     block_size_setting = "lrqk.page_size"
+    serves_windows = True
     tallies: ClassVar[tuple[str, ...]] = TALLIES
     settings: LRQKSettings
 
