@@ -81,8 +81,10 @@ def tiny_gemma3(folder: Path, window: int = 48, full: tuple[int, ...] = (1, 4)) 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                gain = {"q_proj": 2.0, "k_proj": 2.0, "embed_tokens": 4.0}.get(name.split(".")[-2], 1.0)
+                gain = {"q_proj": 2.0, "k_proj": 2.0, "embed_tokens": 1.0}.get(name.split(".")[-2], 1.0)
                 parameter.normal_(0, gain / parameter.shape[-1] ** 0.5)
+            elif "post_attention" in name:
+                parameter.fill_(15.0)  # what is attended to outweighs the token itself
     model.save_pretrained(path)
     return path
 
