@@ -51,7 +51,7 @@ void cpu_append(const Tensor key, const Tensor value, Tensor host, const Tensor 
 }
 
 void cpu_prefill(const Tensor query, const Tensor key, const Tensor value, const Tensor host, const Tensor pages,
-                 int64_t context_len, double scale, Tensor output, int64_t instruction_set) {
+                 int64_t context_len, int64_t window, double scale, Tensor output, int64_t instruction_set) {
   const KernelTable& kernels = kernels_of(instruction_set);
   const ScalarType dtype = query.scalar_type();
   check_cpu(query, "query", 3, dtype);
@@ -80,12 +80,48 @@ void cpu_prefill(const Tensor query, const Tensor key, const Tensor value, const
   p.kv_heads = key.size(1);
   p.head_size = query.size(2);
   p.page_size = host.size(2);
+  p.window = window;
   p.scale = static_cast<float>(scale);
   p.dtype = dtype_of<DType>(query);
   check_heads(p.heads, p.kv_heads, kMaxGroup);
   check_head_size(p.head_size, kernels);
   STD_TORCH_CHECK(pages.size(0) * p.page_size >= context_len, "pages do not cover the context");
   kernels.prefill(p, torch_threads());
+}
+
+void cpu_window_decode(const Tensor query, const Tensor rows, const Tensor block_table, const Tensor seq_lens,
+                       int64_t window, double scale, Tensor output, int64_t instruction_set) {
+  const KernelTable& kernels = kernels_of(instruction_set);
+  const ScalarType dtype = query.scalar_type();
+  check_cpu(query, "query", 3, dtype);
+  check_cpu(output, "output", 3, dtype);
+  check_cpu(block_table, "block_table", 2, ScalarType::Int);
+  check_cpu(seq_lens, "seq_lens", 1, ScalarType::Int);
+  WindowArgs a{};
+  a.query = query.data_ptr();
+  a.query_request_stride = query.stride(0);
+  a.query_head_stride = query.stride(1);
+  a.rows = host_pages(rows, dtype);
+  a.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  a.block_table_stride = block_table.stride(0);
+  a.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
+  a.output = output.data_ptr();
+  a.output_request_stride = output.stride(0);
+  a.output_head_stride = output.stride(1);
+  a.requests = query.size(0);
+  a.heads = query.size(1);
+  a.kv_heads = rows.size(1);
+  a.head_size = query.size(2);
+  a.page_size = rows.size(2);
+  a.window = window;
+  a.scale = static_cast<float>(scale);
+  a.dtype = dtype_of<DType>(query);
+  check_heads(a.heads, a.kv_heads, kMaxGroup);
+  check_head_size(a.head_size, kernels);
+  STD_TORCH_CHECK(window > 0 && (a.page_size & (a.page_size - 1)) == 0, "pages must have a power of two of tokens");
+  STD_TORCH_CHECK(seq_lens.size(0) >= a.requests && block_table.size(0) >= a.requests && output.size(0) >= a.requests,
+                  "there are more queries than requests");
+  kernels.window_decode(a, torch_threads());
 }
 
 // The instruction sets that can run here, best first.
@@ -107,7 +143,10 @@ Parallel torch_threads() { return {static_cast<int>(torch::stable::get_num_threa
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
   m.def("cpu_append(Tensor key, Tensor value, Tensor(a!) host, Tensor slot_mapping, int instruction_set) -> ()");
   m.def(
-      "cpu_prefill(Tensor query, Tensor key, Tensor value, Tensor host, Tensor pages, int context_len, float scale, "
+      "cpu_prefill(Tensor query, Tensor key, Tensor value, Tensor host, Tensor pages, int context_len, int window, "
+      "float scale, Tensor(a!) output, int instruction_set) -> ()");
+  m.def(
+      "cpu_window_decode(Tensor query, Tensor rows, Tensor block_table, Tensor seq_lens, int window, float scale, "
       "Tensor(a!) output, int instruction_set) -> ()");
   m.def("cpu_instruction_sets() -> str");
 }
@@ -115,6 +154,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
 STABLE_TORCH_LIBRARY_IMPL(vllm_lrqk, CPU, m) {
   m.impl("cpu_append", TORCH_BOX(&lrqk::cpu_append));
   m.impl("cpu_prefill", TORCH_BOX(&lrqk::cpu_prefill));
+  m.impl("cpu_window_decode", TORCH_BOX(&lrqk::cpu_window_decode));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_lrqk, CompositeExplicitAutograd, m) {

@@ -42,6 +42,23 @@ struct PrefillArgs {
   void* output;          // [T, H, d]
   int64_t output_token_stride, output_head_stride;
   int64_t tokens, context_len, heads, kv_heads, head_size, page_size;
+  int64_t window;  // tokens that a query attends to, its own included; 0: all up to its own
+  float scale;
+  DType dtype;
+};
+
+struct WindowArgs {
+  const void* query;  // [B, H, d]
+  int64_t query_request_stride, query_head_stride;
+  HostPages rows;              // pages before a request's window are not read
+  const int32_t* block_table;  // [B, P]
+  int64_t block_table_stride;
+  const int32_t* seq_lens;  // [B], the current token included; 0: the output is zero
+  void* output;             // [B, H, d]
+  int64_t output_request_stride, output_head_stride;
+  int64_t requests, heads, kv_heads, head_size;
+  int64_t page_size;  // a power of two
+  int64_t window;
   float scale;
   DType dtype;
 };

@@ -16,6 +16,7 @@ struct KernelTable {
   int vector_elements;  // the head size must be a multiple of twice this
   void (*append)(const AppendArgs&, const Parallel&);
   void (*prefill)(const PrefillArgs&, const Parallel&);
+  void (*window_decode)(const WindowArgs&, const Parallel&);
   struct {
     void (*decode)(const AquaDecodeArgs&, const Parallel&);
     void (*append)(const AquaAppendArgs&, const Parallel&);

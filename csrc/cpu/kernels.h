@@ -13,6 +13,7 @@
 #include "cpu/lrqk/low_rank_scorer.h"
 #include "cpu/lrqk/seal.h"
 #include "cpu/prefill.h"
+#include "cpu/window.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
@@ -21,6 +22,7 @@ constexpr KernelTable kKernels = {
     .vector_elements = W,
     .append = append,
     .prefill = prefill,
+    .window_decode = window_decode,
     .aqua = {.decode = aqua::decode, .append = aqua::append},
     .lola = {.decode = lola::decode, .prefill = lola::prefill},
     .lrqk = {.decode = decode<LowRankScorer>,

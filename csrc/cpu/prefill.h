@@ -103,10 +103,10 @@ inline void load_tile(const PrefillArgs& p, int64_t kv_head, bool is_context, in
   }
 }
 
-// Exponentials of the tile's scores, in place; updates m, l and rescale. A query sees the chunk's key
-// position + i when that is at most its last_key.
-inline void exponentiate_tile(int count, int padded, int padded_queries, bool is_causal, int64_t position,
-                              PrefillMemory& memory) {
+// Exponentials of the tile's scores, in place; updates m, l and rescale. A query sees the key at position + i, counted
+// from the chunk's first, when that is at most its last_key and, with a window, among the last `window` up to it.
+inline void exponentiate_tile(int count, int padded, int padded_queries, bool is_causal, int64_t window,
+                              int64_t position, PrefillMemory& memory) {
   for (int q = 0; q < padded_queries; q += W) {
     float* weights = memory.weights + q;
     if (is_causal) {
@@ -114,6 +114,13 @@ inline void exponentiate_tile(int count, int padded, int padded_queries, bool is
       for (int i = 0; i < count; ++i) {
         float* w = weights + i * kWeightStride;
         store(w, if_then_else(ge(last_key, set(static_cast<float>(position + i))), load(w), masked));
+      }
+    }
+    if (window > 0) {  // a tile without any key for a query gives it weights that its own key outweighs to nothing
+      const F before_first = sub(load(memory.last_key + q), set(static_cast<float>(window))), masked = set(kMasked);
+      for (int i = 0; i < count; ++i) {
+        float* w = weights + i * kWeightStride;
+        store(w, if_then_else(ge(before_first, set(static_cast<float>(position + i))), masked, load(w)));
       }
     }
     const F before = load(memory.m + q);
@@ -147,7 +154,9 @@ inline void attend_tile(const PrefillArgs& p, const Block& block, bool is_contex
     }
   }
   const bool is_causal = !is_context && position + count > block.first_token + 1;
-  exponentiate_tile(count, padded, block.padded_queries, is_causal, position, memory);
+  const int64_t from_chunk = is_context ? position - p.context_len : position;
+  const bool leaves_window = p.window > 0 && from_chunk <= block.first_token + block.tokens - 1 - p.window;
+  exponentiate_tile(count, padded, block.padded_queries, is_causal, leaves_window ? p.window : 0, from_chunk, memory);
   const int queries = static_cast<int>(ceil_div(block.queries, kMatmulRows)) * kMatmulRows;
   for (int64_t column = 0; column < d; column += 2 * W) {
     for (int q = 0; q < queries; q += kMatmulRows) {
@@ -186,11 +195,13 @@ inline void prefill(const PrefillArgs& p, const Parallel& parallel) {
     with_type(p.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       load_queries<T>(p, block, memory);
-      for (int64_t i = 0; i < p.context_len; i += kTileKeys) {
+      // Of the chunk, counted from its first token; negative in the context.
+      const int64_t first_key = p.window > 0 ? block.first_token - p.window + 1 : -p.context_len;
+      for (int64_t i = max<int64_t>(0, p.context_len + min<int64_t>(0, first_key)); i < p.context_len; i += kTileKeys) {
         attend_tile<T>(p, block, true, i, static_cast<int>(min<int64_t>(kTileKeys, p.context_len - i)), memory);
       }
       const int64_t stop = block.first_token + block.tokens;
-      for (int64_t i = 0; i < stop; i += kTileKeys) {
+      for (int64_t i = max<int64_t>(0, first_key); i < stop; i += kTileKeys) {
         attend_tile<T>(p, block, false, i, static_cast<int>(min<int64_t>(kTileKeys, stop - i)), memory);
       }
       store_output<T>(p, block, memory);

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_lrqk.core import host_pages, prefill
+from vllm_lrqk.core import host_pages, prefill, window_attention
 
 logger = logging.getLogger("vllm.lrqk")  # below vLLM's own, whose level and handlers hold for it
 LIBRARY = Path(__file__).parents[1] / "_cpu_kernels.so"
@@ -106,7 +106,46 @@ def prefill_attention(
     dtypes = {query.dtype, key.dtype, value.dtype, host.dtype, output.dtype}
     if index is None or len(dtypes) > 1 or query.dtype not in DTYPES or _has_matrix_units(query.dtype):
         return prefill.prefill_attention(query, key, value, host, pages, context_len, scale, output)
-    return torch.ops.vllm_lrqk.cpu_prefill(query, key, value, host, int32(pages), context_len, scale, output, index)
+    return torch.ops.vllm_lrqk.cpu_prefill(query, key, value, host, int32(pages), context_len, 0, scale, output, index)
+
+
+def window_prefill(
+    names: tuple[str, ...],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    pages: torch.Tensor,
+    context_len: int,
+    window: int,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """As `window_attention.window_attention`, with the tokens' own keys and values [T, KV, d] beside the pages."""
+    index = pick(names, query.shape[-1])
+    dtypes = {query.dtype, key.dtype, value.dtype, rows.dtype, output.dtype}
+    if index is None or len(dtypes) > 1 or query.dtype not in DTYPES:
+        return window_attention.window_attention(query, rows, pages, context_len, window, scale, output)
+    inputs = query, key, value, rows, int32(pages)
+    return torch.ops.vllm_lrqk.cpu_prefill(*inputs, context_len, window, scale, output, index)
+
+
+def window_decode(
+    names: tuple[str, ...],
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    window: int,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """As `window_attention.window_decode`."""
+    index = pick(names, query.shape[-1])
+    if index is None or query.dtype not in DTYPES or not query.dtype == rows.dtype == output.dtype:
+        return window_attention.window_decode(query, rows, block_table, seq_lens, window, scale, output)
+    inputs = query, rows, int32(block_table), int32(seq_lens)
+    return torch.ops.vllm_lrqk.cpu_window_decode(*inputs, window, scale, output, index)
 
 
 @cache

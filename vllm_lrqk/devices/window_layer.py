@@ -2,10 +2,10 @@
 
 import torch
 
-from vllm_lrqk.core.host_pages import append_rows
+from vllm_lrqk.core import host_pages
 from vllm_lrqk.core.layer import LayerShape
 from vllm_lrqk.core.step import Step
-from vllm_lrqk.core.window_attention import window_attention, window_decode
+from vllm_lrqk.devices import cpu
 
 
 class WindowLayer:
@@ -13,10 +13,11 @@ class WindowLayer:
 
     Args:
         window: tokens that a query attends to, its own included.
+        names: of instruction sets, as `cpu.instruction_sets`; none: the plain torch forms.
     """
 
-    def __init__(self, shape: LayerShape, window: int) -> None:
-        self.shape, self.window = shape, window
+    def __init__(self, shape: LayerShape, window: int, names: tuple[str, ...]) -> None:
+        self.shape, self.window, self.names = shape, window, names
 
     def forward(
         self,
@@ -34,13 +35,16 @@ class WindowLayer:
             key, value: [T, KV, d].
             blocks: [num_blocks, KV, N, bytes per token], vLLM's memory.
         """
-        shape = self.shape
-        rows = blocks.view(torch.uint8).view(shape.torch_dtype).unflatten(-1, (2, shape.head_size))
-        append_rows(key, value, rows, step.slot_mapping)
+        names, scale = self.names, self.shape.scale
+        rows = blocks.view(torch.uint8).view(self.shape.torch_dtype).unflatten(-1, (2, self.shape.head_size))
+        if names:
+            cpu.append_rows(names, key, value, rows, step.slot_mapping)
+        else:
+            host_pages.append_rows(key, value, rows, step.slot_mapping)
         for chunk in step.prefill:
-            of = chunk.tokens
-            window_attention(query[of], rows, chunk.pages, chunk.context_len, self.window, shape.scale, output[of])
+            of, place = chunk.tokens, (chunk.pages, chunk.context_len, self.window)
+            cpu.window_prefill(names, query[of], key[of], value[of], rows, *place, scale, output[of])
         if step.num_decodes:
             of = slice(step.num_decodes)
-            table, lens = step.block_table[of], step.seq_lens[of]
-            window_decode(query[of], rows, table, lens, self.window, shape.scale, output[of])
+            requests = step.block_table[of], step.seq_lens[of]
+            cpu.window_decode(names, query[of], rows, *requests, self.window, scale, output[of])

@@ -19,6 +19,7 @@ from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.layer import LayerShape
 from vllm_lrqk.core.step import Step, build_step
 from vllm_lrqk.core.windows import WindowPlan
+from vllm_lrqk.devices import cpu
 from vllm_lrqk.devices.window_layer import WindowLayer
 from vllm_lrqk.integration.backend_base import BackendBase, cudagraph_support
 from vllm_lrqk.integration.checks import check_layer
@@ -110,7 +111,7 @@ class WindowImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         dtype = str(kv_dtype(self._vllm_config)).removeprefix("torch.")
         shape = LayerShape(num_heads, self.num_kv_heads, head_size, dtype, self.scale)
-        self.layer = WindowLayer(shape, sliding_window)
+        self.layer = WindowLayer(shape, sliding_window, cpu.instruction_sets())
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Tell the layer's backend of the engine before vLLM asks it for its spec."""
