@@ -3,7 +3,7 @@ import os
 import hypothesis
 import pytest
 import torch
-from real_models import smollm2_folder  # noqa: F401  a fixture
+from real_models import gemma3_folder, smollm2_folder  # noqa: F401  fixtures
 
 # The same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)

@@ -13,7 +13,7 @@ namespace LRQK_ISA {
 constexpr int64_t kWindowRangeRows = 128;
 
 struct WindowRange {
-  int64_t request, kv_head;
+  int64_t item, request, kv_head;
   int64_t first, rows;  // positions of the request
   Partial partial;
 };
@@ -48,7 +48,7 @@ inline void attend_window(const WindowArgs& a, const WindowRange& range) {
 }
 
 inline void window_decode(const WindowArgs& a, const Parallel& parallel) {
-  const int64_t group = a.heads / a.kv_heads;
+  const int64_t group = a.heads / a.kv_heads, num_items = a.requests * a.kv_heads;
   const auto rows_of = [&](int64_t request) { return min<int64_t>(a.window, a.seq_lens[request]); };
   int64_t num_ranges = 0;
   for (int64_t b = 0; b < a.requests; ++b) num_ranges += ceil_div(rows_of(b), kWindowRangeRows) * a.kv_heads;
@@ -58,9 +58,9 @@ inline void window_decode(const WindowArgs& a, const Parallel& parallel) {
   const auto carve_all = [&](Carver& carver) {
     ranges = carver.take<WindowRange>(num_ranges);
     partials = carver.take<Partial>(num_ranges);
-    first_ranges = carver.take<int64_t>(a.requests * a.kv_heads + 1);
+    first_ranges = carver.take<int64_t>(num_items + 1);
     int64_t range = 0;
-    for (int64_t i = 0; i < a.requests * a.kv_heads; ++i) {
+    for (int64_t i = 0; i < num_items; ++i) {
       const int64_t request = i / a.kv_heads, rows = rows_of(request);
       if (!carver.is_counting()) first_ranges[i] = range;
       for (int64_t begin = 0; begin < rows; begin += kWindowRangeRows, ++range) {
@@ -68,11 +68,12 @@ inline void window_decode(const WindowArgs& a, const Parallel& parallel) {
                               carver.take<float>(group * a.head_size)};
         if (carver.is_counting()) continue;
         partials[range] = partial;
-        ranges[range] = {request, i % a.kv_heads, a.seq_lens[request] - rows + begin,
-                         min(kWindowRangeRows, rows - begin), partial};
+        ranges[range] = {
+            i,      request, i % a.kv_heads, a.seq_lens[request] - rows + begin, min(kWindowRangeRows, rows - begin),
+            partial};
       }
     }
-    if (!carver.is_counting()) first_ranges[a.requests * a.kv_heads] = range;
+    if (!carver.is_counting()) first_ranges[num_items] = range;
   };
   Carver counter(nullptr);
   carve_all(counter);
@@ -80,13 +81,23 @@ inline void window_decode(const WindowArgs& a, const Parallel& parallel) {
   carve_all(carver);
   with_type(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    for_each(parallel, num_ranges, [&](int64_t i) { attend_window<T>(a, ranges[i]); });
-    for_each(parallel, a.requests * a.kv_heads, [&](int64_t i) {
+    const auto merge = [&](int64_t i) {
       float* total = static_cast<float*>(scratch(Scratch::kTask, a.head_size * sizeof(float)));
       T* out = static_cast<T*>(a.output) + i / a.kv_heads * a.output_request_stride +
                i % a.kv_heads * group * a.output_head_stride;
       merge_partials(partials + first_ranges[i], first_ranges[i + 1] - first_ranges[i], static_cast<int>(group),
                      a.head_size, out, a.output_head_stride, total);
+    };
+    const auto is_whole = [&](int64_t i) { return first_ranges[i + 1] - first_ranges[i] == 1; };
+    bool are_whole = true;
+    for (int64_t i = 0; i < num_items; ++i) are_whole = are_whole && is_whole(i);
+    for_each(parallel, num_ranges, [&](int64_t range) {
+      attend_window<T>(a, ranges[range]);
+      if (is_whole(ranges[range].item)) merge(ranges[range].item);
+    });
+    if (are_whole) return;
+    for_each(parallel, num_items, [&](int64_t i) {
+      if (!is_whole(i)) merge(i);
     });
   });
 }

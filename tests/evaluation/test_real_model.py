@@ -1,6 +1,7 @@
 """A pretrained model that nobody trained for this package, served by LRQK."""
 
 import json
+from pathlib import Path
 
 import pytest
 from engines import engine, greedy
@@ -37,3 +38,18 @@ def test_a_question_in_a_chat_is_read_by_decode_steps(smollm2_folder, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert [record["score"] for record in records] == [1, 1]
     assert all("<|im_end|>" not in record["output"] for record in records)
+
+
+def test_gemma3_with_its_windows_goes_on_as_with_dense_attention(gemma3_folder):
+    """Prompts within the window of 512 tokens and beyond it; the selection covers all of them."""
+    text = (Path(__file__).parents[2] / "docs" / "design.md").read_text()
+    tokens = AutoTokenizer.from_pretrained(gemma3_folder).encode(text)
+    prompts = [TokensPrompt(prompt_token_ids=tokens[:count]) for count in (100, 510, 1300)]
+    settings = {"max_model_len": 1536, "max_num_batched_tokens": 700}
+    answers = []
+    for lrqk in (None, {"page_size": 256}):
+        with engine(gemma3_folder, lrqk, has_windows=lrqk is not None, **settings) as llm:
+            answers.append([list(output.token_ids) for output in greedy(llm, prompts, TOKENS)])
+    dense, ours = answers
+    assert ours == dense
+    assert len(set(dense[-1])) > 4  # and not one token over and over
