@@ -12,6 +12,7 @@ from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_lrqk.core.host_pages import allocate_host_pages
+from vllm_lrqk.core.huge_pages import ask_for_huge_pages
 from vllm_lrqk.core.moments import MomentSums, mean_moments
 from vllm_lrqk.core.rotary import RotaryTable
 from vllm_lrqk.methods.lrqk.calibrated_basis import CalibratedBasis, make_basis
@@ -48,7 +49,14 @@ class Layer:
         pool, kv_heads, n, _, head_size = self.host.shape
         host = allocate_host_pages(pool, kv_heads, n, head_size, self.host.dtype)
         host.copy_(self.host)
-        return Layer(self.query, host, factors, self.cpu_attn_cache.clone(), self.block_table, self.seq_lens)
+        cache = self.cpu_attn_cache.clone()
+        return Layer(self.query, host, factors, cache, self.block_table, self.seq_lens).in_huge_pages()
+
+    def in_huge_pages(self) -> "Layer":
+        """The same, with all that both backends read in huge pages, as the engine asks for them."""
+        for tensor in (self.factors.raw, self.cpu_attn_cache):
+            ask_for_huge_pages(tensor, is_written=True)
+        return self
 
 
 def make_layer(
@@ -73,7 +81,7 @@ def make_layer(
                 kernels.seal_pages(pages, host, factors, grams[None], config)
         query[request] = writer.queries(1)[0].flatten(0, 1).to(dtype)
     seq_lens = torch.full((batch,), length, dtype=torch.int32)
-    return Layer(query, host, factors, pack_cache(host), block_table, seq_lens)
+    return Layer(query, host, factors, pack_cache(host), block_table, seq_lens).in_huge_pages()
 
 
 def empty_factors(pool: int, config: LRQKSettings, seed: int) -> FactorPages | CalibratedPages:

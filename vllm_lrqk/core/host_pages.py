@@ -1,13 +1,10 @@
 """The host tier: full-precision keys and values in CPU memory, page for page beside vLLM's block ids."""
 
-import ctypes
 import math
-import mmap
 
 import torch
 
-HUGE_PAGE_BYTES = 2 << 20
-"""Of x86-64; a multiple of the system's own pages everywhere."""
+from vllm_lrqk.core.huge_pages import HUGE_PAGE_BYTES, ask_for_huge_pages
 
 
 def allocate_host_pages(
@@ -23,19 +20,8 @@ def allocate_host_pages(
     memory = torch.empty(size + HUGE_PAGE_BYTES, dtype=torch.uint8)
     start = -memory.data_ptr() % HUGE_PAGE_BYTES
     pages = memory[start : start + size].view(dtype).view(shape)
-    _advise_huge_pages(pages)
+    ask_for_huge_pages(pages)
     return pages
-
-
-def _advise_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask the kernel for huge pages: decode steps read rows from all over the store, and would miss the TLB at each."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0:
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
 
 
 def append_rows(key: torch.Tensor, value: torch.Tensor, host: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from vllm_lrqk import devices
 from vllm_lrqk.core.capture import LayerCapture
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.host_pages import allocate_host_pages
+from vllm_lrqk.core.huge_pages import ask_for_huge_pages
 from vllm_lrqk.core.layer import Layer, LayerMemory, LayerPlace, LayerShape
 from vllm_lrqk.core.step import FilledPages, Step, filled_pages
 from vllm_lrqk.devices.pinned import PinnedMemory, device_address, release_all, released_with
@@ -35,6 +36,7 @@ class Worker:
         self.num_layers = len(layer_names)
         self.counters = Counters(self.engine.method.tallies, len(layer_names), device)
         self._filled: FilledPages | None = None
+        self._in_huge_pages: set[int] = set()
         self._pinned = released_with(self)
         self._rank = vllm_config.parallel_config.rank
         self._world_size = vllm_config.parallel_config.world_size
@@ -58,6 +60,8 @@ class Worker:
             companion: the same shape, of the companion that owns the request blocks.
             workspace: what the method made for layers of this shape.
         """
+        if self._device.type == "cpu":
+            self._use_huge_pages(blocks.untyped_storage())
         own = blocks.view(torch.uint8).flatten(2)
         other = None if companion is None else companion.view(torch.uint8).flatten(2)
         host = self._host_pages(shape, len(own))
@@ -69,6 +73,12 @@ class Worker:
             self.layers[0].warm_up()
             self.report.layers_made(len(own))
         return layer
+
+    def _use_huge_pages(self, storage: torch.UntypedStorage) -> None:
+        """For what vLLM allocated and has written to; one storage may hold the blocks of many layers."""
+        if storage.data_ptr() not in self._in_huge_pages:
+            self._in_huge_pages.add(storage.data_ptr())
+            ask_for_huge_pages(torch.empty(0, dtype=torch.uint8).set_(storage), is_written=True)
 
     def _host_pages(self, shape: LayerShape, num_blocks: int) -> torch.Tensor | None:
         if self.engine.num_host_pages is None:
