@@ -206,9 +206,10 @@ def test_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
         ({"kv_lora_rank": 64}, "latent attention"),
         ({"num_hidden_layers": 0}, "no attention heads or layers"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}, "sliding window"),
     ],
 )
-def test_models_that_no_method_serves(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+def test_models_that_are_not_planned_for(tmp_path: Path, config: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_model(write(tmp_path, **config))
 

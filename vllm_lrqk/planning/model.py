@@ -62,6 +62,11 @@ def read_model(name: str, dtype: str = "auto") -> ModelShape:
         raise ConfigError(f"{name} uses multi-head latent attention, which no method serves: name another model.")
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder-decoder model, which no method serves: name another model.")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ConfigError(
+            f"{name} has layers with a sliding window, which are not planned for: start an engine with it, whose log "
+            "says what there is room for."
+        )
     head_size = getattr(config, "head_dim", None) or (hidden or 0) // heads
     if not head_size:
         raise ConfigError(f"{name} says nothing of its head size (head_dim, hidden_size): name another model.")
