@@ -30,7 +30,8 @@ def huge_bytes(tensor: torch.Tensor) -> int:
 def test_memory_is_in_huge_pages(is_written: bool) -> None:
     if is_written and tuple(map(int, platform.release().split(".")[:2])) < (6, 1):
         pytest.skip("this kernel cannot move pages together")
-    tensor = torch.empty(8 * HUGE_PAGE_BYTES, dtype=torch.uint8)
+    # Its own mapping: what malloc gives may be memory of a tensor freed before, in small pages.
+    tensor = torch.frombuffer(mmap.mmap(-1, 8 * HUGE_PAGE_BYTES, mmap.MAP_PRIVATE), dtype=torch.uint8)
     if is_written:
         tensor.fill_(7)
     before = huge_bytes(tensor)
