@@ -27,11 +27,9 @@ struct StoredScorer {
   }
 
   // Without linear values.
-  static void sum_moments(const DecodeArgs&, const Item&, Memory&, int64_t, const FactorPage&, const uint32_t*) {}
-  static void prefetch_token(const FactorPage&, int64_t, int64_t) {}
-  static void subtract_token(const DecodeArgs&, const Item&, Memory&, int64_t, const FactorPage&, int64_t,
-                             const float*) {}
-  static bool is_rough(const DecodeArgs&, const Item&, const Memory&, int64_t) { return false; }
+  static int64_t moment_bytes(const PageLayout&, int64_t) { return 0; }
+  static void sum_moments(const DecodeArgs&, const Item&, Memory&, int64_t, const FactorPage&, const uint32_t*,
+                          const float*, Fetcher&) {}
   static void mean_factor(const DecodeArgs&, const Item&, const Memory&, int64_t, int, float*) {}
   static void add_values(const DecodeArgs&, const Item&, const Memory&, int64_t, int, const float*, float*) {}
 };

@@ -1,7 +1,7 @@
 // Moments of a page with columns in 8 and 4 bits: weights are rounded to 8 bits, and sums are whole numbers.
 //
-// A page's weights have one unit per head, a 255th of the largest. Tokens that are selected later are taken out exactly,
-// and the mean of what is left divides by the sum of the same rounded weights.
+// A page's weights have one unit per head, a 255th of the largest that is left. The mean divides by the sum of the same
+// rounded weights.
 #pragma once
 
 #include <cstdint>
@@ -17,32 +17,24 @@ constexpr float kTopWeight = 255.0f;
 struct ByteMoments {
   float* sums;     // [num_pages, G, r], key factors times rounded weights
   float* weights;  // [num_pages, G], of the rounded weights
-  float* inverse;  // [num_pages, G], roundings per weight
-
-  float rounded(float weight, int64_t index) const { return __builtin_rintf(weight * inverse[index]); }
 };
 
-// Bytes [B, N] of the weights [N / W, pairs, W], two bfloat16 to a word, of heads from an even one on.
+// Bytes [B, N] of the weights [N / W, pairs, W], two bfloat16 to a word, of heads from an even one on; and their sums.
 template <int B>
-inline void round_weights(const uint32_t* words, int pairs, int64_t page_size, uint8_t* bytes, float* sums,
-                          float* inverses) {
-  const auto split = [](I both, int g) { return g % 2 ? low_bf16(both) : high_bf16(both); };
-  F top[B], total[B];
+inline void round_weights(const uint32_t* words, int pairs, int64_t page_size, const float* largest, Fetcher& fetcher,
+                          uint8_t* bytes, float* sums) {
+  F inverse[B], total[B];
   LRQK_UNROLL
-  for (int g = 0; g < B; ++g) top[g] = total[g] = zero();
-  for (int64_t n = 0; n < page_size; n += W) {
-    LRQK_UNROLL
-    for (int g = 0; g < B; ++g) top[g] = max(top[g], split(load_words(words + n * pairs + g / 2 * W), g));
-  }
   for (int g = 0; g < B; ++g) {
-    const float largest = reduce_max(top[g]);
-    inverses[g] = largest > 1e-30f ? kTopWeight / largest : 0.0f;
-    top[g] = set(inverses[g]);
+    inverse[g] = set(largest[g] > 1e-30f ? kTopWeight / largest[g] : 0.0f);
+    total[g] = zero();
   }
   for (int64_t n = 0; n < page_size; n += W) {
+    fetcher.step();
     LRQK_UNROLL
     for (int g = 0; g < B; ++g) {
-      const I rounded = round_to_int(mul(split(load_words(words + n * pairs + g / 2 * W), g), top[g]));
+      const F weight = bf16_at(load_words(words + n * pairs + g / 2 * W), g);
+      const I rounded = round_to_int(mul(weight, inverse[g]));
       total[g] = add(total[g], to_float(rounded));
       store_low_8(bytes + g * page_size + n, rounded);
     }
@@ -93,13 +85,14 @@ inline void add_up_words(const uint8_t* words, int64_t page_size, const uint8_t*
 
 // Of one page, for all heads.
 inline void sum_byte_moments(const CalibratedPage& page, const uint32_t* weights, int group, int pairs,
-                             int64_t page_size, int64_t p, const ByteMoments& out) {
+                             int64_t page_size, int64_t p, const float* largest, Fetcher& fetcher,
+                             const ByteMoments& out) {
   const int rank = page.layout->rank;
   alignas(64) uint8_t bytes[4 * kMaxPageSize];
   for_head_blocks(group, [&](auto block, int g) {
     constexpr int B = decltype(block)::value;
     const int64_t first = p * group + g;
-    round_weights<B>(weights + g / 2 * W, pairs, page_size, bytes, out.weights + first, out.inverse + first);
+    round_weights<B>(weights + g / 2 * W, pairs, page_size, largest + g, fetcher, bytes, out.weights + first);
     float* sums = out.sums + first * rank;
     const auto add = [&](auto words_tag, auto trailing_tag, const uint8_t* words, int column) {
       add_up_words<B, decltype(words_tag)::value, decltype(trailing_tag)::value>(

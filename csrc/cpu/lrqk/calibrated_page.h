@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/lrqk/page.h"
 
@@ -27,27 +26,6 @@ struct CalibratedPage {
     return data + layout->value_projection_offset;
   }  // [r / 4, d / 2, 4], likewise
   const bf16* value_scale() const { return at<bf16>(layout->value_scale_offset); }
-
-  // The columns of one token.
-  void token(int64_t n, int64_t page_size, float* factors) const {
-    alignas(64) int8_t bytes[kMaxRank];
-    int8_t* out = bytes;
-    for (int word = 0; word < leading_words(); ++word, out += 4) std::memcpy(out, data + (word * page_size + n) * 4, 4);
-    for (int word = 0; word < trailing_words(); ++word, out += 8) {
-      uint32_t both;
-      std::memcpy(&both, trailing() + (word * page_size + n) * 4, 4);
-      const uint32_t halves[2] = {both & 0x0f0f0f0fu, (both >> 4) & 0x0f0f0f0fu};
-      std::memcpy(out, halves, 8);
-    }
-    const int rank = layout->rank, leading = layout->leading_rank;
-    for (int j = 0; j < leading; ++j) factors[j] = static_cast<float>(bytes[j]);
-    for (int j = leading; j < rank; ++j) factors[j] = static_cast<float>(bytes[j] - kNibbleBias);
-  }
-
-  void prefetch_token(int64_t n, int64_t page_size) const {
-    for (int word = 0; word < leading_words(); ++word) __builtin_prefetch(data + (word * page_size + n) * 4);
-    for (int word = 0; word < trailing_words(); ++word) __builtin_prefetch(trailing() + (word * page_size + n) * 4);
-  }
 
  private:
   template <class T>

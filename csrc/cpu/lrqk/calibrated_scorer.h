@@ -38,7 +38,7 @@ struct CalibratedScorer {
     memory.page = {carver.take<int8_t>(item.ranges * group * rank), carver.take<int32_t>(item.ranges * group),
                    carver.take<float>(item.ranges * group)};
     const int64_t pages = item.padded_value_rank ? item.num_pages * group : 0;
-    memory.moments = {carver.take<float>(pages * rank), carver.take<float>(pages), carver.take<float>(pages)};
+    memory.moments = {carver.take<float>(pages * rank), carver.take<float>(pages)};
   }
 
   static void prepare(const DecodeArgs& a, const Item& item, Memory& memory) {
@@ -82,38 +82,12 @@ struct CalibratedScorer {
     score_bytes<Words::value, Words::value / 2, B, V>(page.factors, page.z, g0, page_size, n, offset, fetcher, scores);
   }
 
+  static int64_t moment_bytes(const PageLayout& layout, int64_t) { return page_bytes(layout); }
+
   static void sum_moments(const DecodeArgs& a, const Item& item, Memory& memory, int64_t p, const FactorPage& factors,
-                          const uint32_t* weights) {
-    sum_byte_moments(CalibratedPage(factors), weights, group_of(a), item.pairs, a.page_size, p, memory.moments);
-  }
-
-  static void prefetch_token(const FactorPage& factors, int64_t n, int64_t page_size) {
-    CalibratedPage(factors).prefetch_token(n, page_size);
-  }
-
-  static void subtract_token(const DecodeArgs& a, const Item&, Memory& memory, int64_t p, const FactorPage& factors,
-                             int64_t n, const float* weights) {
-    const int group = group_of(a), rank = a.layout.rank;
-    alignas(64) float token[kMaxRank];
-    CalibratedPage(factors).token(n, a.page_size, token);
-    for (int g = 0; g < group; ++g) {
-      const int64_t index = p * group + g;
-      const float weight = memory.moments.rounded(weights[g], index);
-      memory.moments.weights[index] -= weight;
-      float* sums = memory.moments.sums + index * rank;
-      for (int j = 0; j < rank; j += W) {
-        store(sums + j, sub(load(sums + j), mul(set(weight), load(token + j))));
-      }
-    }
-  }
-
-  // Whether what is left of a page was mostly rounded away beside what has been taken out.
-  static bool is_rough(const DecodeArgs& a, const Item&, const Memory& memory, int64_t p) {
-    bool found = false;
-    for (int g = 0; g < group_of(a); ++g) {
-      found = found || memory.moments.weights[p * group_of(a) + g] < 2.0f * static_cast<float>(a.page_size);
-    }
-    return found;
+                          const uint32_t* weights, const float* largest, Fetcher& fetcher) {
+    sum_byte_moments(CalibratedPage(factors), weights, group_of(a), item.pairs, a.page_size, p, largest, fetcher,
+                     memory.moments);
   }
 
   // Mean key factor of what is left of a page for one head: [r].

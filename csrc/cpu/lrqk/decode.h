@@ -10,12 +10,12 @@
 
 #include "cpu/common.h"
 #include "cpu/lrqk/item.h"
+#include "cpu/lrqk/left.h"
 #include "cpu/lrqk/output.h"
 #include "cpu/lrqk/prepare.h"
 #include "cpu/lrqk/scan.h"
 #include "cpu/lrqk/select.h"
 #include "cpu/lrqk/share.h"
-#include "cpu/lrqk/subtract.h"
 
 namespace lrqk {
 namespace LRQK_ISA {
@@ -49,8 +49,7 @@ inline constexpr Stage<Scorer> kStages[] = {
        }
        list_always(item);
      }},
-    {by_range_of_residual,
-     [](const DecodeArgs& a, ScoredItem<Scorer>& item, int64_t i) { subtract_range(a, item, i); }},
+    {by_range_of_residual, [](const DecodeArgs& a, ScoredItem<Scorer>& item, int64_t i) { sum_left(a, item, i); }},
     {by_partial, [](const DecodeArgs& a, ScoredItem<Scorer>& item, int64_t i) { attend_part(a, item, i); }},
     {once,
      [](const DecodeArgs& a, ScoredItem<Scorer>& item, int64_t) {

@@ -37,9 +37,9 @@ struct Item {
   int64_t padded_pages, range_pages, ranges;
   int pairs;              // of heads, rounded up
   int padded_value_rank;  // value rank rounded up to W; 0: no moments
-  uint32_t* weights;      // [num_pages, N / W, pairs, W], 2^(score - reference), two bfloat16 to a word
+  uint32_t* weights;      // [num_pages, N / W, pairs, W], 2^(score - reference), two bfloat16 a word; 0 once selected
   float* reference;       // [G, padded_pages], the head's log-sum-exp over the pages before, roughly
-  float* page_sum;        // [G, padded_pages], of `weights`; later without the selected tokens
+  float* page_sum;        // [G, padded_pages], of `weights`; later of those left
   float* coefficient;     // [G, padded_pages], 2^(reference - log-sum-exp over all pages)
   float* group_weight;    // [num_pages, N], softmax weights summed over the heads; -1 where no candidate
   float* peaks;           // [num_pages, N / peak_span], largest of each peak_span tokens

@@ -13,9 +13,8 @@
 //
 // and, for the linear values of what is left,
 //
-//   sum_moments        sums a page's key factors with the weights of the scan
-//   subtract_token     takes a token out of its page's sums; prefetch_token fetches what that reads
-//   is_rough           whether little is left of a page, so that it has to be summed again without what was taken out
+//   moment_bytes       how many bytes sum_moments reads from a page's begin
+//   sum_moments        sums a page's key factors with the weights of what is left, of which it is told each head's largest
 //   mean_factor        the mean key factor of what is left of a page
 //   add_values         what it adds to the values of some pages
 #pragma once
@@ -39,7 +38,7 @@ struct LowRankScorer {
     int32_t* words;  // [ranges, G, padded_rank], the query projected on the page at hand
     float* unit;     // [ranges, G]
     int padded_rank;
-    float* moment;  // [num_pages, G, padded_value_rank], leading key factors summed with the weights of the scan
+    float* moment;  // [num_pages, G, padded_value_rank], leading key factors summed with the weights left
   };
   struct Page {
     FactorPage factors;
@@ -98,23 +97,15 @@ struct LowRankScorer {
     return memory.moment + p * group_of(a) * item.padded_value_rank;
   }
 
+  static int64_t moment_bytes(const PageLayout& layout, int64_t page_size) {
+    return layout.value_rank * page_size * (layout.is_int8 ? 1 : 2);
+  }
+
   static void sum_moments(const DecodeArgs& a, const Item& item, Memory& memory, int64_t p, const FactorPage& factors,
-                          const uint32_t* weights) {
-    page_moments(factors, weights, group_of(a), item.pairs, a.page_size, item.padded_value_rank,
+                          const uint32_t* weights, const float* largest, Fetcher& fetcher) {
+    page_moments(factors, weights, group_of(a), item.pairs, a.page_size, largest, fetcher, item.padded_value_rank,
                  moment_of(a, item, memory, p));
   }
-
-  static void prefetch_token(const FactorPage& factors, int64_t n, int64_t page_size) {
-    factors.prefetch_token(n, page_size);
-  }
-
-  static void subtract_token(const DecodeArgs& a, const Item& item, Memory& memory, int64_t p,
-                             const FactorPage& factors, int64_t n, const float* weights) {
-    lrqk::LRQK_ISA::subtract_token(factors, n, a.page_size, weights, group_of(a), item.padded_value_rank,
-                                   moment_of(a, item, memory, p));
-  }
-
-  static bool is_rough(const DecodeArgs&, const Item&, const Memory&, int64_t) { return false; }
 
   static void mean_factor(const DecodeArgs& a, const Item& item, const Memory& memory, int64_t p, int g, float* out) {
     const float* moment = moment_of(a, item, memory, p) + g * item.padded_value_rank;

@@ -1,4 +1,4 @@
-// Moments of a page: the leading columns of its tokens' key factors, summed with the weights of the scan.
+// Moments of a page: the leading columns of its tokens' key factors, summed with the weights of those that are left.
 #pragma once
 
 #include <cstdint>
@@ -10,86 +10,108 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
-// Key factors of W tokens in kWordRanks neighbouring ranks.
-template <bool kIsInt8>
-constexpr int kWordRanks = kIsInt8 ? 4 : 2;
-
-template <bool kIsInt8>
-inline void load_key_factors(const FactorPage& page, int word, int64_t page_size, int64_t n, F* factors) {
-  const uint8_t* at = page.data + (word * page_size + n) * 4;
-  if constexpr (kIsInt8) {
-    const I words = load_words(at);
-    factors[0] = byte_to_float<0>(words);
-    factors[1] = byte_to_float<1>(words);
-    factors[2] = byte_to_float<2>(words);
-    factors[3] = byte_to_float<3>(words);
-  } else {
-    load_pair(reinterpret_cast<const bf16*>(at), factors[0], factors[1]);
+// Adds up K words of int8 columns from `word` on for B heads, to out [B, padded_rank]. Weights are rounded to whole numbers, of
+// which the head's `largest` is `top`.
+template <int B, int K>
+inline void add_up_words(const FactorPage& page, int word, const uint32_t* weights, int pairs, int64_t page_size,
+                         float top, const float* largest, Fetcher& fetcher, int padded_rank, float* out) {
+  const uint8_t* words = page.data + word * page_size * 4;
+  I acc[K][B];
+  F inverse[B];
+  LRQK_UNROLL
+  for (int g = 0; g < B; ++g) {
+    inverse[g] = set(largest[g] > 1e-30f ? top / largest[g] : 0.0f);
+    LRQK_UNROLL
+    for (int k = 0; k < K; ++k) acc[k][g] = zero_int();
+  }
+  for (int64_t n = 0; n < page_size; n += W) {
+    fetcher.step();
+    // Of each four tokens: in word i of four column i of the tokens 0 and 2, or 1 and 3, as int16.
+    I even[K], odd[K];
+    LRQK_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const I columns = transpose_bytes(load_words(words + (k * page_size + n) * 4));
+      even[k] = even_bytes(columns);
+      odd[k] = odd_bytes(columns);
+    }
+    LRQK_UNROLL
+    for (int g = 0; g < B; ++g) {
+      const F weight = bf16_at(load_words(weights + n * pairs + g / 2 * W), g);
+      const I steps = round_to_int(mul(weight, inverse[g]));
+      const I both = bit_or(steps, shift_left<16>(swap_pairs(steps)));
+      const I even_steps = spread_word<0>(both), odd_steps = spread_word<1>(both);
+      LRQK_UNROLL
+      for (int k = 0; k < K; ++k) acc[k][g] = dot(dot(acc[k][g], even[k], even_steps), odd[k], odd_steps);
+    }
+  }
+  for (int g = 0; g < B; ++g) {
+    const float unit = largest[g] / top;
+    for (int k = 0; k < K; ++k) {
+      int32_t sums[4];
+      store_quad_sums(sums, acc[k][g]);
+      float* columns = out + g * padded_rank + (word + k) * 4;
+      for (int i = 0; i < 4; ++i) columns[i] = static_cast<float>(sums[i]) * unit;
+    }
   }
 }
 
-// Of B heads, from `weights` [N / W, pairs, W] with two bfloat16 to a word, to `out` [B, padded_rank].
-template <int B, bool kIsInt8>
-inline void add_up_moments(const FactorPage& page, const uint32_t* weights, int pairs, int64_t page_size,
-                           int padded_rank, float* out) {
-  constexpr int R = kWordRanks<kIsInt8>;
-  for (int word = 0; word < page.layout->value_rank / R; ++word) {
-    F acc[B * R];
+template <int B>
+inline void add_up_int8(const FactorPage& page, const uint32_t* weights, int pairs, int64_t page_size,
+                        const float* largest, Fetcher& fetcher, int padded_rank, float* out) {
+  constexpr int K = W >= 16 ? 4 : 2;  // sums that fit the registers
+  const int words = page.layout->value_rank / 4;
+  // Sums have to fit in 31 bits.
+  const float top = min(32767.0f, 2147483648.0f / (127.0f * page_size) - 1.0f);
+  int word = 0;
+  for (; word + K <= words; word += K) {
+    add_up_words<B, K>(page, word, weights, pairs, page_size, top, largest, fetcher, padded_rank, out);
+  }
+  for (; word < words; ++word) {
+    add_up_words<B, 1>(page, word, weights, pairs, page_size, top, largest, fetcher, padded_rank, out);
+  }
+}
+
+// The same with bfloat16 columns, in float32.
+template <int B>
+inline void add_up_bf16(const FactorPage& page, const uint32_t* weights, int pairs, int64_t page_size, Fetcher& fetcher,
+                        int padded_rank, float* out) {
+  for (int word = 0; word < page.layout->value_rank / 2; ++word) {
+    F acc[2][B];
     LRQK_UNROLL
-    for (int i = 0; i < B * R; ++i) acc[i] = zero();
+    for (int g = 0; g < B; ++g) acc[0][g] = acc[1][g] = zero();
     for (int64_t n = 0; n < page_size; n += W) {
-      F factors[R], weight[B + 1];
-      load_key_factors<kIsInt8>(page, word, page_size, n, factors);
-      LRQK_UNROLL
-      for (int g = 0; g < B; g += 2) {
-        const I both = load_words(weights + n * pairs + g / 2 * W);
-        weight[g] = high_bf16(both);
-        weight[g + 1] = low_bf16(both);
-      }
+      fetcher.step();
+      F factors[2];
+      load_pair(reinterpret_cast<const bf16*>(page.data + (word * page_size + n) * 4), factors[0], factors[1]);
       LRQK_UNROLL
       for (int g = 0; g < B; ++g) {
-        LRQK_UNROLL
-        for (int j = 0; j < R; ++j) acc[g * R + j] = mul_add(factors[j], weight[g], acc[g * R + j]);
+        const F weight = bf16_at(load_words(weights + n * pairs + g / 2 * W), g);
+        acc[0][g] = mul_add(factors[0], weight, acc[0][g]);
+        acc[1][g] = mul_add(factors[1], weight, acc[1][g]);
       }
     }
-    if constexpr (B * R == W) {
-      alignas(64) float sums[W];
-      store(sums, reduce_sum_each(acc));
-      for (int g = 0; g < B; ++g) std::memcpy(out + g * padded_rank + word * R, sums + g * R, R * sizeof(float));
-    } else {
-      for (int i = 0; i < B * R; ++i) out[i / R * padded_rank + word * R + i % R] = reduce_sum(acc[i]);
+    for (int g = 0; g < B; ++g) {
+      out[g * padded_rank + word * 2] = reduce_sum(acc[0][g]);
+      out[g * padded_rank + word * 2 + 1] = reduce_sum(acc[1][g]);
     }
   }
 }
 
-// moment [G, padded_rank] of one page.
+// moment [G, padded_rank] of one page, from `weights` [N / W, pairs, W] with two bfloat16 to a word, and the largest of
+// each head [G].
 inline void page_moments(const FactorPage& page, const uint32_t* weights, int group, int pairs, int64_t page_size,
-                         int padded_rank, float* moment) {
+                         const float* largest, Fetcher& fetcher, int padded_rank, float* moment) {
   std::memset(moment, 0, group * padded_rank * sizeof(float));
   for_head_blocks(group, [&](auto block, int g) {
     constexpr int B = decltype(block)::value;
-    const auto run = page.layout->is_int8 ? add_up_moments<B, true> : add_up_moments<B, false>;
-    run(page, weights + g / 2 * W, pairs, page_size, padded_rank, moment + g * padded_rank);
+    const uint32_t* words = weights + g / 2 * W;
+    float* out = moment + g * padded_rank;
+    if (page.layout->is_int8) {
+      add_up_int8<B>(page, words, pairs, page_size, largest + g, fetcher, padded_rank, out);
+    } else {
+      add_up_bf16<B>(page, words, pairs, page_size, fetcher, padded_rank, out);
+    }
   });
-}
-
-// Takes one token out of the moment of its page.
-inline void subtract_token(const FactorPage& page, int64_t n, int64_t page_size, const float* weights, int group,
-                           int padded_rank, float* moment) {
-  const int rank = page.layout->value_rank, ranks = page.layout->is_int8 ? 4 : 2;
-  alignas(64) uint8_t bytes[2 * kMaxRank];
-  alignas(64) float factors[kMaxRank];
-  for (int word = 0; word < rank / ranks; ++word) {
-    std::memcpy(bytes + word * 4, page.data + (word * page_size + n) * 4, 4);
-  }
-  if (page.layout->is_int8) {
-    for (int j = 0; j < rank; ++j) factors[j] = static_cast<float>(reinterpret_cast<const int8_t*>(bytes)[j]);
-  } else {
-    for (int j = 0; j < rank; ++j) factors[j] = float_of(uint32_t{reinterpret_cast<const uint16_t*>(bytes)[j]} << 16);
-  }
-  for (int g = 0; g < group; ++g) {
-    for (int j = 0; j < rank; ++j) moment[g * padded_rank + j] -= weights[g] * factors[j];
-  }
 }
 
 }  // namespace LRQK_ISA

@@ -20,12 +20,6 @@ struct FactorPage {
   const float* value_scale() const { return floats(layout->value_scale_offset); }
   const float* key_factor_mean() const { return floats(layout->key_factor_mean_offset); }
 
-  // The leading columns of a token's key factor.
-  void prefetch_token(int64_t n, int64_t page_size) const {
-    const int words = layout->value_rank / (layout->is_int8 ? 4 : 2);
-    for (int word = 0; word < words; ++word) __builtin_prefetch(data + (word * page_size + n) * 4);
-  }
-
  private:
   const float* floats(int64_t offset) const { return reinterpret_cast<const float*>(data + offset); }
 };

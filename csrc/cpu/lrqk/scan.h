@@ -144,7 +144,6 @@ inline void scan_page(const DecodeArgs& a, ScoredItem<Scorer>& item, int64_t p, 
     item.page_sum[g * item.padded_pages + p] = totals[g];
   }
   running.add(group, reference, totals);
-  if (item.padded_value_rank) Scorer::sum_moments(a, item, item.scorer, p, factors, weights);
 }
 
 template <class Scorer>

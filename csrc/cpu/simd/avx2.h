@@ -85,6 +85,10 @@ inline I shift_right_16(I a) {
   return _mm256_srai_epi16(a, n);
 }
 inline I swap_pairs(I a) { return _mm256_shuffle_epi32(a, 0x4e); }
+template <int k>
+inline I spread_word(I a) {
+  return _mm256_shuffle_epi32(a, k * 0x55);
+}
 inline I dot(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 inline I transpose_bytes(I a) {
   const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

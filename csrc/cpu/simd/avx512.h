@@ -89,6 +89,10 @@ inline I shift_right_16(I a) {
   return _mm512_srai_epi16(a, n);
 }
 inline I swap_pairs(I a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0x4e)); }
+template <int k>
+inline I spread_word(I a) {
+  return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(k * 0x55));
+}
 inline I dot(I acc, I a, I b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));  // GCC 12 copies the accumulator of the intrinsic
   return acc;

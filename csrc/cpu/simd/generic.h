@@ -16,6 +16,7 @@
 //   shift_left<n> shift_right<n> shift_right_logical<n>      of int32; shift_left_16<n> shift_right_16<n> of int16
 //   to_bits from_bits  the same bits as I, as F              to_float round_to_int   convert; to nearest even
 //   swap_pairs         of each four int32 the first two with the last two
+//   spread_word<k>     of each four int32 the one at k, four times
 //   dot(acc, a, b)     acc + the sums of two neighbouring int16 products
 //   dot_bytes(acc, a, b)             acc + the sums of four neighbouring products of uint8 in a and int8 in b
 //   transpose_bytes                  of each four words, as a 4 x 4 matrix of bytes
@@ -101,6 +102,7 @@ inline F round_to_bf16(F a) { return from_bits(bit_and(add(to_bits(a), set_int(0
 inline I pack_bf16(F high, F low) { return bit_or(to_bits(high), shift_right_logical<16>(to_bits(low))); }
 inline F high_bf16(I a) { return from_bits(bit_and(a, set_high_mask())); }
 inline F low_bf16(I a) { return from_bits(shift_left<16>(a)); }
+inline F bf16_at(I a, int i) { return i % 2 ? low_bf16(a) : high_bf16(a); }
 
 #ifndef LRQK_NATIVE_COMPRESS
 // Writes the lanes of `m` side by side; returns how many. May write up to W elements.

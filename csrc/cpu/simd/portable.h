@@ -2,6 +2,10 @@
 // meaning of each name is there.
 #pragma once
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -63,7 +67,16 @@ inline I shift_right_16(I a) {
   return (I)((Short)a >> n);
 }
 inline I swap_pairs(I a) { return I{a[2], a[3], a[0], a[1]}; }
+template <int k>
+inline I spread_word(I a) {
+  return set_int(a[k]);
+}
+#ifdef __SSE2__
+// It has this product, and none of 32 bits.
+inline I dot(I acc, I a, I b) { return acc + (I)_mm_madd_epi16((__m128i)a, (__m128i)b); }
+#else
 inline I dot(I acc, I a, I b) { return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16); }
+#endif
 inline I transpose_bytes(I a) {
   uint8_t from[16], to[16];
   std::memcpy(from, &a, sizeof(a));
