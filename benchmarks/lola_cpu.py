@@ -6,7 +6,7 @@
 ratios are of neighbouring calls, for decode steps of one dense step and the median of eight of LoLA's. Decode steps
 take a request of the given length, one copy of the layer after the other until 128 MiB have passed, so that nothing
 stays in the caches that would not stay there in a model; "update" is a step in which a chunk leaves the window, one of
-64.
+64. "steps" are LoLA's decode steps alone, all lengths in turns: whether their time depends on the length.
 Prefill goes through in chunks, as vLLM's scheduler cuts it; above --whole tokens the dense backend runs its first and
 its last chunk alone, and its time is that of chunks that grow linearly in between. Times are medians with their range.
 Errors are relative to exact attention in float32: LoLA's is what the method loses on keys and values of these
@@ -43,6 +43,7 @@ from vllm_lrqk.methods.lola.settings import LolaSettings  # noqa: E402
 DTYPE = torch.bfloat16
 PAGE_SIZE = 256
 COLD_BYTES = 128 << 20
+KINDS = ("steps", "decode", "prefill")
 BURST = 8
 """Decode steps of LoLA for each of the dense backend, which takes a hundred times as long at 128K."""
 BLOCK = torch.zeros(1, dtype=torch.int32)
@@ -120,24 +121,52 @@ def in_turns(
     return times
 
 
-def measure_decode(prompt: Prompt, settings: LolaSettings, seconds: float) -> dict[str, object]:
-    """One decode step of a request whose last token is that of the prompt."""
-    length, last = prompt.length, prompt.length - 1
+def filled_layers(prompt: Prompt, settings: LolaSettings, last: int) -> list[LolaLayer]:
+    """Layers that have taken in the first `last` tokens, as many as are read before the first is read again."""
     first = make_layer(settings)
     scratch = torch.empty(4096, HEADS, HEAD_SIZE, dtype=DTYPE)
     for start in range(0, last, 4096):
         end = min(start + 4096, last)
         run_chunk(first, prompt, start, end, scratch[: end - start])
-    copies = -(-COLD_BYTES // first.memory.raw.nbytes)
-    layers = [make_layer(settings) for _ in range(copies)]
-    before = first.memory.raw.clone()
+    layers = [make_layer(settings) for _ in range(-(-COLD_BYTES // first.memory.raw.nbytes))]
+    for layer in layers:
+        layer.memory.raw.copy_(first.memory.raw)
+    return layers
+
+
+def length_without_update(settings: LolaSettings, length: int) -> int:
+    return length + (settings.updates(length) > settings.updates(length - 1))
+
+
+def measure_steps(prompt: Prompt, settings: LolaSettings, lengths: list[int], seconds: float) -> dict[int, list[float]]:
+    """Milliseconds of LoLA's decode steps by length."""
+    calls, output = {}, torch.empty(1, HEADS, HEAD_SIZE, dtype=DTYPE)
+    for length in lengths:
+        token = slice(length - 1, length)
+        arguments = prompt.query[token], prompt.key[token], prompt.value[token]
+        layers = filled_layers(prompt, settings, length - 1)
+        lens = torch.tensor([length_without_update(settings, length)], dtype=torch.int32)
+
+        def call(round_: int, arguments=arguments, layers=layers, lens=lens) -> None:
+            layer = layers[round_ % len(layers)]
+            layer.kernels.decode_attention(*arguments, layer.memory, BLOCK, lens, layer.rules, output)
+
+        calls[str(length)] = call
+    times = in_turns(calls, dict.fromkeys(calls, 64), seconds, 5)
+    return {length: times[str(length)] for length in lengths}
+
+
+def measure_decode(prompt: Prompt, settings: LolaSettings, seconds: float) -> dict[str, object]:
+    """One decode step of a request whose last token is that of the prompt."""
+    length, last = prompt.length, prompt.length - 1
+    layers = filled_layers(prompt, settings, last)
+    copies, before = len(layers), layers[0].memory.raw.clone()
     query, key, value = (x[last:] for x in (prompt.query, prompt.key, prompt.value))
     outputs = {name: torch.empty_like(query) for name in ("lola", "cpu_attn", "update")}
     # A chunk leaves when the ring is full: with the first token after it.
     border = length + (settings.ring_rows - length) % settings.chunk + 1
-    lens = {name: torch.tensor([n], dtype=torch.int32) for name, n in (("lola", length), ("update", border))}
-    if settings.updates(length) > settings.updates(last):
-        lens["lola"] += 1
+    seen = {"lola": length_without_update(settings, length), "update": border}
+    lens = {name: torch.tensor([n], dtype=torch.int32) for name, n in seen.items()}
     cpu_attn = CpuAttn([1], torch.tensor([length], dtype=torch.int32), DTYPE, KV_HEADS, HEADS)
 
     def lola(name: str, round_: int) -> None:
@@ -148,14 +177,11 @@ def measure_decode(prompt: Prompt, settings: LolaSettings, seconds: float) -> di
         """Not measured: the update changed the memory."""
         layers[round_ % copies].memory.raw.copy_(before)
 
-    times: dict[str, list[float]] = {}
-    for layer in layers:
-        layer.memory.raw.copy_(before)
     calls = {
         "lola": lambda round_: lola("lola", round_),
         "cpu_attn": lambda _: cpu_attn(query, prompt.cache, prompt.table[None], outputs["cpu_attn"]),
     }
-    times |= in_turns(calls, {"lola": BURST}, seconds, 15)
+    times = in_turns(calls, {"lola": BURST}, seconds, 15)
     exact = prompt.exact(last, length)
     errors = {name: relative_error(outputs[name], exact) for name in calls}
     calls = {"renew": renew, "update": lambda round_: lola("update", round_)}
@@ -199,6 +225,10 @@ def measure_prefill(prompt: Prompt, settings: LolaSettings, chunk: int, whole: i
     return record("prefill", length, times, errors)
 
 
+def spread(times: list[float]) -> dict[str, object]:
+    return {"median_ms": median(times), "range_ms": [min(times), max(times)]}
+
+
 def record(kind: str, length: int, times: dict[str, list[float]], errors: dict[str, float]) -> dict[str, object]:
     burst = len(times["lola"]) // len(times["cpu_attn"])
     ours = [median(times["lola"][i : i + burst]) for i in range(0, len(times["lola"]), burst)]
@@ -206,7 +236,7 @@ def record(kind: str, length: int, times: dict[str, list[float]], errors: dict[s
     found: dict[str, object] = {"kind": kind, "length": length, "threads": torch.get_num_threads()}
     for name in ("lola", "update", "cpu_attn"):
         if name in times:
-            found[name] = {"median_ms": median(times[name]), "range_ms": [min(times[name]), max(times[name])]}
+            found[name] = spread(times[name])
     found["ratio"] = {"median": median(ratios), "range": [min(ratios), max(ratios)]}
     return found | {"relative_error": errors}
 
@@ -214,7 +244,7 @@ def record(kind: str, length: int, times: dict[str, list[float]], errors: dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536, 131072], metavar="TOKENS")
-    parser.add_argument("--kinds", nargs="+", choices=("decode", "prefill"), default=["decode", "prefill"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--chunk", type=int, default=2048, metavar="TOKENS")
     parser.add_argument("--whole", type=int, default=16384, metavar="TOKENS", help="longest dense prefill run in full")
     parser.add_argument("--longest-prefill", type=int, default=65536, metavar="TOKENS")
@@ -232,7 +262,12 @@ def main() -> None:
     name = make_layer(settings).kernels_name
     headings = ("lola ms", "range", "update ms", "error", "cpu_attn ms", "range", "error", "ratio", "range")
     table = Table("", "tokens", *headings, title=f"{name}, {arguments.threads} threads")
-    records = []
+    records, steps = [], []
+    if "steps" in arguments.kinds:
+        prompt = Prompt(max(arguments.lengths))
+        for length, times in measure_steps(prompt, settings, arguments.lengths, 2 * arguments.seconds).items():
+            table.add_row("steps", f"{length:,}", f"{median(times):.3g}", f"{min(times):.3g} - {max(times):.3g}")
+            steps.append({"kind": "steps", "length": length, "threads": arguments.threads, "lola": spread(times)})
     for length in tqdm(arguments.lengths, desc="lengths"):
         prompt = Prompt(length)
         if "decode" in arguments.kinds:
@@ -258,7 +293,7 @@ def main() -> None:
         )
     Console(width=140).print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(steps + records, indent=1) + "\n")
 
 
 if __name__ == "__main__":
