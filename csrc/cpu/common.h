@@ -29,11 +29,11 @@ inline float float_of(uint32_t bits) {
 
 // Not those of <algorithm>: their code would be shared between instruction sets, and come from any of them.
 template <class T>
-inline T min(T a, T b) {
+constexpr T min(T a, T b) {
   return a < b ? a : b;
 }
 template <class T>
-inline T max(T a, T b) {
+constexpr T max(T a, T b) {
   return a > b ? a : b;
 }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

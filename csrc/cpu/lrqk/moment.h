@@ -10,20 +10,15 @@
 namespace lrqk {
 namespace LRQK_ISA {
 
-// Adds up K words of int8 columns from `word` on for B heads, to out [B, padded_rank]. Weights are rounded to whole numbers, of
-// which the head's `largest` is `top`.
+// Sums K words of int8 columns from `word` on for B heads, to sums [B, W / 4], whose quads make four columns each. Weights
+// are rounded to multiples of 1 / inverse.
 template <int B, int K>
 inline void add_up_words(const FactorPage& page, int word, const uint32_t* weights, int pairs, int64_t page_size,
-                         float top, const float* largest, Fetcher& fetcher, int padded_rank, float* out) {
+                         const F* inverse, Fetcher& fetcher, I (*sums)[W / 4]) {
   const uint8_t* words = page.data + word * page_size * 4;
   I acc[K][B];
-  F inverse[B];
   LRQK_UNROLL
-  for (int g = 0; g < B; ++g) {
-    inverse[g] = set(largest[g] > 1e-30f ? top / largest[g] : 0.0f);
-    LRQK_UNROLL
-    for (int k = 0; k < K; ++k) acc[k][g] = zero_int();
-  }
+  for (int i = 0; i < K * B; ++i) acc[i / B][i % B] = zero_int();
   for (int64_t n = 0; n < page_size; n += W) {
     fetcher.step();
     // Of each four tokens: in word i of four column i of the tokens 0 and 2, or 1 and 3, as int16.
@@ -38,37 +33,43 @@ inline void add_up_words(const FactorPage& page, int word, const uint32_t* weigh
     for (int g = 0; g < B; ++g) {
       const F weight = bf16_at(load_words(weights + n * pairs + g / 2 * W), g);
       const I steps = round_to_int(mul(weight, inverse[g]));
-      const I both = bit_or(steps, shift_left<16>(swap_pairs(steps)));
-      const I even_steps = spread_word<0>(both), odd_steps = spread_word<1>(both);
+      const I even_steps = spread_pair<0>(steps), odd_steps = spread_pair<1>(steps);
       LRQK_UNROLL
       for (int k = 0; k < K; ++k) acc[k][g] = dot(dot(acc[k][g], even[k], even_steps), odd[k], odd_steps);
     }
   }
+  LRQK_UNROLL
   for (int g = 0; g < B; ++g) {
-    const float unit = largest[g] / top;
-    for (int k = 0; k < K; ++k) {
-      int32_t sums[4];
-      store_quad_sums(sums, acc[k][g]);
-      float* columns = out + g * padded_rank + (word + k) * 4;
-      for (int i = 0; i < 4; ++i) columns[i] = static_cast<float>(sums[i]) * unit;
-    }
+    LRQK_UNROLL
+    for (int k = 0; k < K; ++k) sums[g][k] = acc[k][g];
   }
 }
 
 template <int B>
 inline void add_up_int8(const FactorPage& page, const uint32_t* weights, int pairs, int64_t page_size,
                         const float* largest, Fetcher& fetcher, int padded_rank, float* out) {
-  constexpr int K = W >= 16 ? 4 : 2;  // sums that fit the registers
+  constexpr int K = W / 4;
   const int words = page.layout->value_rank / 4;
   // Sums have to fit in 31 bits.
   const float top = min(32767.0f, 2147483648.0f / (127.0f * page_size) - 1.0f);
+  F inverse[B];
+  LRQK_UNROLL
+  for (int g = 0; g < B; ++g) inverse[g] = set(largest[g] > 1e-30f ? top / largest[g] : 0.0f);
+  const auto run = [&](auto count, int word) {
+    constexpr int kWords = decltype(count)::value;
+    I sums[B][K];
+    add_up_words<B, kWords>(page, word, weights, pairs, page_size, inverse, fetcher, sums);
+    LRQK_UNROLL
+    for (int g = 0; g < B; ++g) {
+      for (int k = kWords; k < K; ++k) sums[g][k] = zero_int();
+      store(out + g * padded_rank + word * 4, mul(to_float(sum_quads(sums[g])), set(largest[g] / top)));
+    }
+  };
   int word = 0;
-  for (; word + K <= words; word += K) {
-    add_up_words<B, K>(page, word, weights, pairs, page_size, top, largest, fetcher, padded_rank, out);
-  }
-  for (; word < words; ++word) {
-    add_up_words<B, 1>(page, word, weights, pairs, page_size, top, largest, fetcher, padded_rank, out);
-  }
+  for (; word + K <= words; word += K) run(Count<K>{}, word);
+  if (word + 3 == words) run(Count<min(3, K)>{}, word);
+  if (word + 2 == words) run(Count<min(2, K)>{}, word);
+  if (word + 1 == words) run(Count<1>{}, word);
 }
 
 // The same with bfloat16 columns, in float32.

@@ -86,8 +86,8 @@ inline I shift_right_16(I a) {
 }
 inline I swap_pairs(I a) { return _mm256_shuffle_epi32(a, 0x4e); }
 template <int k>
-inline I spread_word(I a) {
-  return _mm256_shuffle_epi32(a, k * 0x55);
+inline I spread_pair(I a) {
+  return _mm256_shuffle_epi8(a, _mm256_set1_epi32(0x09080100 + k * 0x04040404));
 }
 inline I dot(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 inline I transpose_bytes(I a) {
@@ -97,6 +97,9 @@ inline I transpose_bytes(I a) {
 inline I spread_bytes(const uint8_t* p) {
   const I order = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
   return _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i*)p)), order);
+}
+inline I sum_quads(const I* a) {
+  return _mm256_add_epi32(_mm256_permute2x128_si256(a[0], a[1], 0x20), _mm256_permute2x128_si256(a[0], a[1], 0x31));
 }
 inline void store_quad_sums(int32_t* p, I a) {
   _mm_storeu_si128((__m128i*)p, _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));

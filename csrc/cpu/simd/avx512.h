@@ -90,8 +90,9 @@ inline I shift_right_16(I a) {
 }
 inline I swap_pairs(I a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0x4e)); }
 template <int k>
-inline I spread_word(I a) {
-  return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(k * 0x55));
+inline I spread_pair(I a) {
+  const int32_t pair = 0x09080100 + k * 0x04040404;
+  return _mm512_shuffle_epi8(a, _mm512_set1_epi32(pair));
 }
 inline I dot(I acc, I a, I b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));  // GCC 12 copies the accumulator of the intrinsic
@@ -108,6 +109,11 @@ inline I transpose_bytes(I a) {
 inline I spread_bytes(const uint8_t* p) {
   const I order = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   return _mm512_permutexvar_epi32(order, _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p)));
+}
+inline I sum_quads(const I* a) {
+  const I low = _mm512_add_epi32(_mm512_shuffle_i32x4(a[0], a[1], 0x88), _mm512_shuffle_i32x4(a[0], a[1], 0xdd));
+  const I high = _mm512_add_epi32(_mm512_shuffle_i32x4(a[2], a[3], 0x88), _mm512_shuffle_i32x4(a[2], a[3], 0xdd));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
 }
 inline void store_quad_sums(int32_t* p, I a) {
   const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));

@@ -16,7 +16,8 @@
 //   shift_left<n> shift_right<n> shift_right_logical<n>      of int32; shift_left_16<n> shift_right_16<n> of int16
 //   to_bits from_bits  the same bits as I, as F              to_float round_to_int   convert; to nearest even
 //   swap_pairs         of each four int32 the first two with the last two
-//   spread_word<k>     of each four int32 the one at k, four times
+//   spread_pair<k>     of each four numbers below 2^15 in int32, those at k and k + 2 as int16, four times
+//   sum_quads(a)       words 4 i ... 4 i + 3 are the sums of the words k, 4 + k, 8 + k, ... of a[i], for W / 4 vectors
 //   dot(acc, a, b)     acc + the sums of two neighbouring int16 products
 //   dot_bytes(acc, a, b)             acc + the sums of four neighbouring products of uint8 in a and int8 in b
 //   transpose_bytes                  of each four words, as a 4 x 4 matrix of bytes

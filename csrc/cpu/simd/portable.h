@@ -68,9 +68,10 @@ inline I shift_right_16(I a) {
 }
 inline I swap_pairs(I a) { return I{a[2], a[3], a[0], a[1]}; }
 template <int k>
-inline I spread_word(I a) {
-  return set_int(a[k]);
+inline I spread_pair(I a) {
+  return set_int(a[k] | a[k + 2] << 16);
 }
+inline I sum_quads(const I* a) { return a[0]; }
 #ifdef __SSE2__
 // It has this product, and none of 32 bits.
 inline I dot(I acc, I a, I b) { return acc + (I)_mm_madd_epi16((__m128i)a, (__m128i)b); }
