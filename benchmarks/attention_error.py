@@ -41,10 +41,9 @@ BASELINE = "published, rank 32"
 """What bytes are relative to."""
 
 
-def paged(first_chunk: int | None = None, **values: int | float | str) -> dict:
+def paged(**values: int | float | str) -> LRQKSettings:
     """A page-local configuration; `values` are what differs from the default with TOP_K."""
-    config = LRQKSettings(**{"top_k": TOP_K, "recent_tokens": RECENT_TOKENS, "sink_tokens": 4, **values})  # type: ignore[arg-type]
-    return {"config": config, "first_chunk": first_chunk}
+    return LRQKSettings(**{"top_k": TOP_K, "recent_tokens": RECENT_TOKENS, "sink_tokens": 4, **values})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Calibrated:
     page_size: int = 256
 
     def decode(self, spec: QKVSet, qkv: QKV, steps: int) -> tuple[torch.Tensor, PagedLayer]:
-        config = paged(page_size=self.page_size)["config"]
+        config = paged(page_size=self.page_size)
         rotary = RotaryTable.from_base(spec.rope_base, spec.head_size, len(qkv.query) + self.page_size)
         tokens = round(self.share * qkv.prompt_tokens)
         basis = calibrated_on_prompt(qkv, rotary, 32, self.page_size, tokens)
@@ -65,7 +64,7 @@ class Calibrated:
         return paged_decode(qkv, steps, config, layer=layer)
 
 
-Configuration = dict | PublishedSettings | Calibrated | AquaSettings
+Configuration = LRQKSettings | PublishedSettings | Calibrated | AquaSettings
 CONFIGURATIONS: dict[str, Configuration] = {
     BASELINE: PublishedSettings(rank=32, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
     "published, rank 16": PublishedSettings(rank=16, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
@@ -100,7 +99,6 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "256 recent tokens": paged(recent_tokens=256),
     "no sink tokens": paged(sink_tokens=0),
     **{f"top_k 1024, top_p {share}": paged(top_k=1024, top_p=share) for share in (0.9, 0.8, 0.7, 0.6)},
-    "16 tokens' queries": paged(first_chunk=240),
     "calibrated": Calibrated(has_value_map=True),
     "calibrated, values too": Calibrated(has_value_map=False),
     "calibrated on half": Calibrated(has_value_map=True, share=0.5),
@@ -127,7 +125,7 @@ def measure(spec: QKVSet, qkv: QKV, dense: torch.Tensor, steps: int, configurati
         if isinstance(configuration, Calibrated):
             output, layer = configuration.decode(spec, qkv, steps)
         else:
-            output, layer = paged_decode(qkv, steps, **configuration)
+            output, layer = paged_decode(qkv, steps, configuration)
         figures = {"device_bytes": layer.device_bytes(), "rows_attended": fmean(layer.rows_attended)}
     error = relative_error(output, dense)
     return {"error": float(error.mean()), "worst_head": float(error.mean(0).max()), **figures}

@@ -73,12 +73,12 @@ def make_layer(
     for request in range(batch):
         writer = TokenWriter(generator)
         for index, page in enumerate(block_table[request].tolist()):
-            grams = writer.write(host[page], is_first=index == 0)
+            writer.write(host[page], is_first=index == 0)
             pages, numbers = torch.tensor([page]), torch.tensor([index])
             if isinstance(factors, CalibratedPages):
                 kernels.seal_calibrated(pages, numbers, host, factors)
             else:
-                kernels.seal_pages(pages, host, factors, grams[None], config)
+                kernels.seal_pages(pages, host, factors, config)
         query[request] = writer.queries(1)[0].flatten(0, 1).to(dtype)
     seq_lens = torch.full((batch,), length, dtype=torch.int32)
     return Layer(query, host, factors, pack_cache(host), block_table, seq_lens).in_huge_pages()
@@ -147,8 +147,8 @@ class TokenWriter:
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
 
-    def write(self, page: torch.Tensor, is_first: bool) -> torch.Tensor:
-        """Fill one page [KV, N, 2, d]; returns the Gram matrices of some queries of its time, [KV, d, d]."""
+    def write(self, page: torch.Tensor, is_first: bool) -> None:
+        """Fill one page [KV, N, 2, d]."""
         tokens = page.shape[1]
         if torch.rand(1, generator=self.generator).item() < 0.6:
             self.topic = self.normal(CONTENT_RANK)
@@ -160,8 +160,6 @@ class TokenWriter:
             key[:, :4] += 2.0 * self.mean[:, None]
             value[:, :4] *= 0.1
         page[..., 0, :], page[..., 1, :] = key.to(page.dtype), value.to(page.dtype)
-        queries = self.queries(64).transpose(0, 1).flatten(1, 2)  # [KV, 64 G, d]
-        return queries.mT @ queries
 
     def queries(self, count: int) -> torch.Tensor:
         """[count, KV, G, d]"""

@@ -82,7 +82,7 @@ class Bench:
 
         def seal(pages: torch.Tensor, host: torch.Tensor, factors: FactorPages) -> None:
             torch.cuda.synchronize()  # the pages were written by copies of the copy engine
-            self.kernels.seal_pages(pages, host, factors, None, self.config)
+            self.kernels.seal_pages(pages, host, factors, self.config)
 
         try:
             workload = make_workload(shape, self.config, self.device, seal, pin)

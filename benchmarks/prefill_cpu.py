@@ -32,7 +32,6 @@ from vllm_lrqk.core.host_pages import allocate_host_pages  # noqa: E402
 from vllm_lrqk.core.prefill import prefill_attention  # noqa: E402
 from vllm_lrqk.methods.lrqk.dispatch import host_kernels  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
-from vllm_lrqk.methods.lrqk.seal import query_grams  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 
 DTYPE = torch.bfloat16
@@ -71,12 +70,8 @@ class Prompt:
                 n = self.config.page_size
                 pages = range(start // n, end // n)
                 if pages:
-                    starts = [max(page * n - start, 0) for page in pages]
-                    ends = [(page + 1) * n - start for page in pages]
-                    grams = query_grams(query, KV_HEADS, starts, ends)
-                    self.kernels.seal_pages(
-                        self.table[pages.start : pages.stop].long(), self.host, self.factors, grams, self.config
-                    )
+                    sealed = self.table[pages.start : pages.stop].long()
+                    self.kernels.seal_pages(sealed, self.host, self.factors, self.config)
         return output.clone()
 
     def cpu_attn(self, spent: dict[str, float]) -> torch.Tensor:

@@ -137,20 +137,16 @@ SealArgs seal_args(const Tensor& pages, const Tensor& host, const Tensor& factor
   return s;
 }
 
-void cpu_seal(const Tensor pages, const Tensor host, Tensor factors, std::optional<Tensor> gram_q,
-              std::vector<int64_t> page_layout, int64_t iterations, double lambda_q, double lambda_k, double ridge,
-              double query_share, double value_shift, int64_t value_iterations, int64_t instruction_set) {
+void cpu_seal(const Tensor pages, const Tensor host, Tensor factors, std::vector<int64_t> page_layout,
+              int64_t iterations, double lambda_q, double lambda_k, double ridge, double key_share, double value_shift,
+              int64_t value_iterations, int64_t instruction_set) {
   const KernelTable& kernels = kernels_of(instruction_set);
   SealArgs s = seal_args(pages, host, factors, page_layout);
-  if (gram_q) {
-    s.gram_q = contiguous<float>(*gram_q, "gram_q", 4, ScalarType::Float);
-    STD_TORCH_CHECK(gram_q->size(0) == pages.size(0), "gram_q must have one matrix per page");
-  }
   s.iterations = static_cast<int>(iterations);
   s.lambda_q = static_cast<float>(lambda_q);
   s.lambda_k = static_cast<float>(lambda_k);
   s.ridge = static_cast<float>(ridge);
-  s.query_share = static_cast<float>(query_share);
+  s.key_share = static_cast<float>(key_share);
   s.value_shift = static_cast<float>(value_shift);
   s.value_iterations = static_cast<int>(value_iterations);
   check_head_size(s.head_size, kernels);
@@ -187,8 +183,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
       "Tensor(a!) positions, "
       "Tensor(b!)? residual, Tensor(c!)? moment, int instruction_set) -> ()");
   m.def(
-      "cpu_seal(Tensor pages, Tensor host, Tensor(a!) factors, Tensor? gram_q, int[] page_layout, int iterations, "
-      "float lambda_q, float lambda_k, float ridge, float query_share, float value_shift, int value_iterations, "
+      "cpu_seal(Tensor pages, Tensor host, Tensor(a!) factors, int[] page_layout, int iterations, "
+      "float lambda_q, float lambda_k, float ridge, float key_share, float value_shift, int value_iterations, "
       "int instruction_set) -> ()");
   m.def(
       "cpu_seal_calibrated(Tensor pages, Tensor page_numbers, Tensor host, Tensor(a!) factors, Tensor[] basis, "

@@ -53,7 +53,7 @@ def test_plan_counts_bytes() -> None:
 def test_workload_decodes() -> None:
     """Every request's length is full of tokens, and a step over all of them is dense attention."""
     config = LRQKSettings(rank=8, page_size=16, top_k=100, recent_tokens=5)
-    seal = lambda pages, host, factors: seal_pages(pages, host, factors, None, config)  # noqa: E731
+    seal = lambda pages, host, factors: seal_pages(pages, host, factors, config)  # noqa: E731
     w = make_workload(SMALL, config, torch.device("cpu"), seal)
     assert w.block_table.shape == (3, 6)
     assert sorted(w.block_table.flatten().tolist()) == list(range(18))

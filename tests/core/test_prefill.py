@@ -4,7 +4,6 @@ import torch
 from vllm_lrqk.core import prefill
 from vllm_lrqk.core.host_pages import append_rows
 from vllm_lrqk.core.prefill import merge, prefill_attention
-from vllm_lrqk.methods.lrqk.seal import query_grams
 
 PAGE_SIZE = 16
 TOKENS = 131
@@ -130,13 +129,3 @@ def test_merge_is_attention_over_both_sets():
     whole, whole_log_sum = part(slice(0, 30))
     torch.testing.assert_close(both, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(log_sum, whole_log_sum)
-
-
-def test_query_grams_take_each_pages_queries_of_each_group():
-    query, _, _ = inputs(6, 2, 64, torch.bfloat16)
-    grams = query_grams(query, 2, [0, 13, 20], [13, 20, 21])
-    assert grams.shape == (3, 2, 64, 64)
-    for m, (start, end) in enumerate(((0, 13), (13, 20), (20, 21))):
-        for kv in range(2):
-            rows = query[start:end, 3 * kv : 3 * kv + 3].float().reshape(-1, 64)
-            torch.testing.assert_close(grams[m, kv], rows.T @ rows, rtol=1e-5, atol=1e-4)

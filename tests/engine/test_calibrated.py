@@ -25,7 +25,6 @@ def test_where_everything_is_selected_it_is_dense(models, hot_cache):
 
 @pytest.mark.parametrize("value_map", ["page", "calibrated"])
 def test_chunks_company_and_prefix_hits_change_nothing(models, value_map):
-    """Page-local factors depend on the chunk that fills a page; calibrated ones on the page's tokens alone."""
     model = tiny_llama(models)
     values = SPARSE | {"calibration": calibration_of(model), "value_map": value_map}
     prompts = token_prompts(LENGTHS, shared=128)

@@ -13,7 +13,6 @@ from vllm_lrqk.devices import cuda_prefill
 from vllm_lrqk.devices.cuda_library import stream_handle
 from vllm_lrqk.methods.lrqk import cuda, torch_ops
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
-from vllm_lrqk.methods.lrqk.seal import query_grams
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 Pin = Callable[[torch.Tensor], torch.Tensor]
@@ -32,23 +31,17 @@ def test_append_rows(operators: Any, device: torch.device, pin: Pin) -> None:
     torch.testing.assert_close(host, expected, equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("with_queries", [True, False])
-def test_seal_pages(operators: Any, device: torch.device, pin: Pin, with_queries: bool) -> None:
+def test_seal_pages(operators: Any, device: torch.device, pin: Pin) -> None:
     """By what the pages say about scores: factors themselves may differ in sign and rounding."""
     config = LRQKSettings(rank=8, page_size=64)
     generator = torch.Generator().manual_seed(0)
     host = torch.randn(30, 2, 64, 2, 64, generator=generator)
     pages = torch.randperm(30, generator=generator)[:20]
-    grams = None
-    if with_queries:
-        query = torch.randn(20 * 64, 4, 64, generator=generator)
-        grams = query_grams(query, 2, list(range(0, 1280, 64)), list(range(64, 1344, 64)))
     page_format = PageFormat(64, 64, 8)
     expected = FactorPages(torch.zeros(30, 2, page_format.page_bytes, dtype=torch.uint8), page_format)
-    torch_ops.seal_pages(pages, host, expected, grams, config)
+    torch_ops.seal_pages(pages, host, expected, config)
     factors = FactorPages(torch.zeros_like(expected.raw, device=device), page_format)
-    grams = None if grams is None else grams.to(device)
-    cuda.kernels(operators).seal_pages(pages.to(device), pin(host), factors, grams, config)
+    cuda.kernels(operators).seal_pages(pages.to(device), pin(host), factors, config)
     actual = FactorPages(factors.raw.cpu(), page_format)
 
     def product(side: FactorPages) -> torch.Tensor:

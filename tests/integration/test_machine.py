@@ -130,6 +130,7 @@ def test_vllms_own_figures_are_ours(model: Any, ten_gib: None) -> None:
     num_blocks = config.cache_config.kv_cache_memory_bytes // block_bytes
     kv_cache_utils.update_kv_cache_capacity(config, SimpleNamespace(num_blocks=num_blocks))
     tokens, line = config.cache_config.kv_cache_size_tokens, startup.start_line(config, "torch", num_blocks)
+    assert line.startswith("LRQK (lrqk factors, torch kernels): ")
     assert f"room for {tokens:,} tokens" in line
     assert config.cache_config.kv_cache_max_concurrency == tokens / 2048
     assert tokens == config.additional_config.engine.host.num_pages * 256 - 256

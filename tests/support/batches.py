@@ -58,7 +58,7 @@ def make_batch(
         for i in range(length):
             host[pages[i // n], :, i % n] = torch.stack([key[:, i], value[:, i]], 1)
         if length >= n:
-            seal_pages(pages[: length // n], host, factors, None, config)
+            seal_pages(pages[: length // n], host, factors, config)
         keys.append(key)
         values.append(value)
     query = 2 * torch.randn(len(lengths), kv_heads * group, d, generator=generator).to(dtype)

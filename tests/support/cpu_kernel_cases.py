@@ -69,7 +69,7 @@ def make_layer(
             host[page, :, : part.shape[1]] = part
         sealed = torch.tensor(pages[: length // n], dtype=torch.int64)
         if len(sealed):
-            seal_pages(sealed, host, factors, None, config)
+            seal_pages(sealed, host, factors, config)
     query = 0.4 * torch.einsum("bkgr,krd->bkgd", normal(batch, kv_heads, group, 6), basis)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     return Layer(query.flatten(1, 2).to(dtype), host, factors, block_table, seq_lens, head_size**-0.5, config)

@@ -116,7 +116,7 @@ class HotDecoding:
         self.host_cpu[page.long(), :, offset.long()] = torch.stack([key, value], 2)
         filled = page[offset == n - 1].long()
         if len(filled):
-            seal_pages(filled, self.host_cpu, self.factors_cpu, None, self.config)
+            seal_pages(filled, self.host_cpu, self.factors_cpu, self.config)
             self.factors.raw[filled.to(self.device)] = self.factors_cpu.raw[filled].to(self.device)
         step, count = self.step, self.requests
         step.query[:count], step.key[:count], step.value[:count] = (x.to(self.device) for x in (query, key, value))

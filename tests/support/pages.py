@@ -22,12 +22,10 @@ def host_pages(keys: torch.Tensor, values: torch.Tensor | None = None) -> torch.
     return torch.stack([keys, torch.ones_like(keys) if values is None else values], -2)
 
 
-def sealed(
-    keys: torch.Tensor, config: LRQKSettings, gram_q: torch.Tensor | None = None, values: torch.Tensor | None = None
-) -> FactorPages:
+def sealed(keys: torch.Tensor, config: LRQKSettings, values: torch.Tensor | None = None) -> FactorPages:
     """Factor pages 0 ... M - 1 of keys [M, KV, N, d]."""
     factors = empty_factors(config, keys.shape[-1], keys.shape[0], keys.shape[1])
-    seal_pages(torch.arange(len(keys)), host_pages(keys, values), factors, gram_q, config)
+    seal_pages(torch.arange(len(keys)), host_pages(keys, values), factors, config)
     return factors
 
 

@@ -101,6 +101,11 @@ class Method(ABC):
             return StepTraffic(length * plan.bytes_per_token)
         return StepTraffic(plan.block_bytes * plan.blocks_per_request)
 
+    @property
+    def variant(self) -> str:
+        """What of the method is served, in the start-up line beside the kernels; may be empty."""
+        return ""
+
     @abstractmethod
     def plan(self, head_size: int, dtype: torch.dtype, group: int) -> MemoryPlan:
         """What a layer needs.

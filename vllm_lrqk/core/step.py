@@ -3,7 +3,7 @@
 Shapes: R requests, T tokens of the step, P pages.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 
@@ -24,8 +24,8 @@ class PrefillChunk:
     """Tokens of the request before the chunk."""
     pages: torch.Tensor
     """int32 [P], the request's pages in order."""
-    filled: list[tuple[int, int, int]] = field(default_factory=list)
-    """Pages that the chunk fills, one after the other: (index in `pages`, first and past-the-last of its tokens)."""
+    filled: range
+    """Pages that the chunk fills, as indices in `pages`."""
 
     @property
     def tokens(self) -> slice:
@@ -87,11 +87,8 @@ class Step:
 def prefill_chunk(request: int, start: int, end: int, length: int, pages: torch.Tensor, page_size: int) -> PrefillChunk:
     """The chunk of tokens start ... end - 1 of a step, the last of a request that has `length` tokens by then."""
     context_len = length - (end - start)
-    chunk = PrefillChunk(request, start, end, context_len, pages)
-    for page in range(context_len // page_size, length // page_size):
-        first = max(page * page_size - context_len, 0)
-        chunk.filled.append((page, first, (page + 1) * page_size - context_len))
-    return chunk
+    filled = range(context_len // page_size, length // page_size)
+    return PrefillChunk(request, start, end, context_len, pages, filled)
 
 
 def build_step(

@@ -152,7 +152,8 @@ def start_line(vllm_config: Any, kernels: str, num_blocks: int) -> str:
     """
     engine = engine_of(vllm_config)
     room, length = engine.capacity(vllm_config, num_blocks), vllm_config.model_config.max_model_len
-    start = f"{engine.method.name} ({kernels} kernels):"
+    variant = f"{engine.method.variant}, " if engine.method.variant else ""
+    start = f"{engine.method.name} ({variant}{kernels} kernels):"
     if not room.plan.is_paged:
         return (
             f"{start} {room.device_bytes_per_request / 2**20:,.1f} MiB per request and rank, however long it is; "

@@ -55,12 +55,11 @@ struct SealArgs {
   PageLayout layout;
   CalibratedBasis basis;        // of calibrated factors
   const int64_t* page_numbers;  // [M], where in their requests the pages are; of calibrated factors
-  const float* gram_q;          // [M, KV, d, d] contiguous, or null for the identity
   int64_t num_pages, kv_heads, head_size, page_size;
   int iterations;
   float lambda_q, lambda_k;
-  // RIDGE, QUERY_SHARE, VALUE_SHIFT and VALUE_ITERATIONS of vllm_lrqk/methods/lrqk/seal.py
-  float ridge, query_share, value_shift;
+  // RIDGE, KEY_SHARE, VALUE_SHIFT and VALUE_ITERATIONS of vllm_lrqk/methods/lrqk/seal.py
+  float ridge, key_share, value_shift;
   int value_iterations;
   DType dtype;
 };

@@ -26,7 +26,7 @@ inline void seal(const SealArgs& s, const Parallel& parallel) {
       const T* rows = static_cast<const T*>(s.host.data) + page * s.host.page_stride + head * s.host.head_stride;
       load_page(s, rows, m);
     });
-    load_grams(s, s.gram_q ? s.gram_q + index * s.head_size * s.head_size : nullptr, m);
+    load_grams(s, m);
     fit_projections(m.fit, s.iterations, s.lambda_q, s.lambda_k);
     if (s.layout.value_rank && s.layout.value_rank < s.layout.rank) put_values_first(s, m);
     write_page(s, m, factors);

@@ -62,25 +62,15 @@ inline void scale_gram(float* matrix, int64_t d, float factor, float diagonal) {
   }
 }
 
-// Both Gram matrices with a mean diagonal of N; queries blended with identity.
-inline void load_grams(const SealArgs& s, const float* gram_q, SealMemory& m) {
+// Both Gram matrices with a mean diagonal of N; that of the queries is the keys' blended with identity.
+inline void load_grams(const SealArgs& s, SealMemory& m) {
   const int64_t d = s.head_size;
   const float tokens = static_cast<float>(s.page_size);
-  float* q = m.fit.gram_q;
-  float query_size = 0.0f;
-  if (gram_q) {
-    std::memcpy(q, gram_q, d * d * sizeof(float));
-    query_size = mean_diagonal(q, d, d);
-  }
-  if (query_size > 0.0f) {
-    scale_gram(q, d, tokens * s.query_share / query_size, tokens * (1.0f - s.query_share));
-  } else {
-    std::memset(q, 0, d * d * sizeof(float));
-    scale_gram(q, d, 0.0f, tokens);
-  }
   multiply(m.key, 1, d, d, m.key, d, d, s.page_size, m.fit.gram_k, d);
   const float key_size = mean_diagonal(m.fit.gram_k, d, d);
   scale_gram(m.fit.gram_k, d, key_size > 0.0f ? tokens / key_size : 0.0f, 0.0f);
+  std::memcpy(m.fit.gram_q, m.fit.gram_k, d * d * sizeof(float));
+  scale_gram(m.fit.gram_q, d, s.key_share, tokens * (1.0f - s.key_share));
 }
 
 // One scale for each column of [rows, width], float32 [rank]; 1 for bfloat16.

@@ -12,7 +12,7 @@ from vllm_lrqk.devices import cuda_prefill  # noqa: E402
 from vllm_lrqk.methods.lrqk import cuda  # noqa: E402
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat  # noqa: E402
 from vllm_lrqk.methods.lrqk.kernels import PageKernels  # noqa: E402
-from vllm_lrqk.methods.lrqk.seal import query_grams, seal_pages  # noqa: E402
+from vllm_lrqk.methods.lrqk.seal import seal_pages  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 from vllm_lrqk.methods.lrqk.torch_ops import kernels as torch_kernels  # noqa: E402
 
@@ -35,18 +35,16 @@ def test_append_rows() -> None:
     torch.testing.assert_close(host, expected, equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("with_queries", [True, False])
-def test_seal_pages(kernels: PageKernels, with_queries: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seal_pages(kernels: PageKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "SEAL_PAGES", 2)
     host = torch.randn(9, 2, 16, 2, 32)
     pages = torch.tensor([7, 2, 5])
-    grams = query_grams(torch.randn(48, 4, 32), 2, [0, 16, 32], [16, 32, 48]) if with_queries else None
     page_format = PageFormat(16, 32, 8)
     filled = [FactorPages(torch.zeros(9, 2, page_format.page_bytes, dtype=torch.uint8), page_format) for _ in range(2)]
-    kernels.seal_pages(pages, host, filled[0], grams, CONFIG)
+    kernels.seal_pages(pages, host, filled[0], CONFIG)
     for start in (0, 2):  # the same batches: linear algebra rounds differently in larger ones
         part = slice(start, start + 2)
-        seal_pages(pages[part], host, filled[1], None if grams is None else grams[part], CONFIG)
+        seal_pages(pages[part], host, filled[1], CONFIG)
     assert torch.equal(filled[0].raw, filled[1].raw)
     assert filled[0].raw[pages].any()
 

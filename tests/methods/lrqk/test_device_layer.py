@@ -136,7 +136,7 @@ class TestBuildStep:
         step = self.build([1, 1, 3, 20], [32, 7, 3, 40])
         assert (step.num_tokens, step.num_decodes) == (25, 2)
         assert [(c.start, c.end, c.context_len) for c in step.prefill] == [(2, 5, 0), (5, 25, 20)]
-        assert [c.filled for c in step.prefill] == [[], [(1, 0, 12)]]
+        assert [c.filled for c in step.prefill] == [range(0), range(1, 2)]
         assert step.filled == [(0, 1)]
 
     def test_padding_is_no_request(self) -> None:

@@ -4,8 +4,6 @@ The error is the mean over decode steps and query heads of |o - o_dense| / |o_de
 output vector). Dense attention sees the same bfloat16 keys and values, in float32.
 """
 
-from itertools import pairwise
-
 import torch
 
 from vllm_lrqk.core.attend import gather_rows
@@ -20,7 +18,7 @@ from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedFormat, Calibrate
 from vllm_lrqk.methods.lrqk.decode import attend_selection
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.score import select
-from vllm_lrqk.methods.lrqk.seal import query_grams, seal_pages
+from vllm_lrqk.methods.lrqk.seal import seal_pages
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 UNWRITTEN = 0xFF
@@ -63,24 +61,20 @@ class PagedLayer:
         self.rows_attended: list[float] = []
         """Mean over the KV heads, of each decode step."""
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None) -> None:
-        """Write tokens [T, KV, d] and seal the pages that they fill; `query` [T, H, d] are the queries at hand."""
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write tokens [T, KV, d] and seal the pages that they fill."""
         n, start, end = self.config.page_size, self.num_tokens, self.num_tokens + len(key)
         position = torch.arange(start, end)
         append_rows(key, value, self.host, self.pages[position // n] * n + position % n)
         self.num_tokens = end
         filled = list(range(start // n, end // n))
         if filled:
-            self._seal(filled, key.shape[1], query, start)
+            self._seal(filled)
 
-    def _seal(self, filled: list[int], kv_heads: int, query: torch.Tensor | None, start: int) -> None:
-        """Seal pages by their index; `query` are those of the tokens from `start` on."""
+    def _seal(self, filled: list[int]) -> None:
+        """Seal pages by their index."""
         assert isinstance(self.factors, FactorPages)
-        n, grams = self.config.page_size, None
-        if query is not None:
-            starts = [max(page * n, start) - start for page in filled]
-            grams = query_grams(query, kv_heads, starts, [(page + 1) * n - start for page in filled])
-        seal_pages(self.pages[filled], self.host, self.factors, grams, self.config)
+        seal_pages(self.pages[filled], self.host, self.factors, self.config)
 
     def decode(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend with the query [H, d] of the latest token: float32 [H, d], and the rows int32 [KV, R], -1 for none."""
@@ -109,7 +103,7 @@ class CalibratedLayer(PagedLayer):
         raw = torch.full((*self.host.shape[:2], form.page_bytes), UNWRITTEN, dtype=torch.uint8)
         self.factors = CalibratedPages(raw, form, basis)
 
-    def _seal(self, filled: list[int], kv_heads: int, query: torch.Tensor | None, start: int) -> None:
+    def _seal(self, filled: list[int]) -> None:
         assert isinstance(self.factors, CalibratedPages)
         calibrated_seal.seal_pages(self.pages[filled], torch.tensor(filled), self.host, self.factors)
 
@@ -123,22 +117,18 @@ def calibrated_on_prompt(qkv: QKV, rotary: RotaryTable, rank: int, page_size: in
 
 
 def paged_decode(
-    qkv: QKV, steps: int, config: LRQKSettings, first_chunk: int | None = None, layer: PagedLayer | None = None
+    qkv: QKV, steps: int, config: LRQKSettings, layer: PagedLayer | None = None
 ) -> tuple[torch.Tensor, PagedLayer]:
     """The prompt, then decode steps that append their token: outputs float32 [T, H, d] and the layer.
 
     Args:
         layer: an empty one; default: of page-local factors.
-        first_chunk: the prompt comes in chunks, this many tokens first and one page size at a time from there on;
-            None: at once.
     """
     layer = layer or PagedLayer(qkv, qkv.prompt_tokens + steps, config)
-    ends = [] if first_chunk is None else list(range(first_chunk, qkv.prompt_tokens, config.page_size))
-    for start, end in pairwise([0, *ends, qkv.prompt_tokens]):
-        layer.append(qkv.key[start:end], qkv.value[start:end], qkv.query[start:end])
+    layer.append(qkv.key[: qkv.prompt_tokens], qkv.value[: qkv.prompt_tokens])
     outputs = []
     for i in range(qkv.prompt_tokens, qkv.prompt_tokens + steps):
-        layer.append(qkv.key[i : i + 1], qkv.value[i : i + 1], None)
+        layer.append(qkv.key[i : i + 1], qkv.value[i : i + 1])
         outputs.append(layer.decode(qkv.query[i])[0])
     return torch.stack(outputs), layer
 

@@ -67,12 +67,12 @@ def page_local(qkv: QKV, plan: Plan, settings: Settings, residual: str, factoriz
     )
     layer = PagedLayer(qkv, len(qkv.query), config)
     prompt = slice(0, qkv.prompt_tokens)
-    layer.append(qkv.key[prompt], qkv.value[prompt], qkv.query[prompt])
+    layer.append(qkv.key[prompt], qkv.value[prompt])
     num_always = config.attended_rows - config.top_k
 
     def step(exact: ExactStep) -> Attended:
         i = exact.index
-        layer.append(qkv.key[i : i + 1], qkv.value[i : i + 1], None)
+        layer.append(qkv.key[i : i + 1], qkv.value[i : i + 1])
         output, rows = layer.decode(qkv.query[i])
         always = positions_mask(rows[:, -num_always:], exact.num_tokens)
         return Attended(output, positions_mask(rows, exact.num_tokens), always)

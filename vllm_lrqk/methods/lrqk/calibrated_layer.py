@@ -38,7 +38,7 @@ def check_calibration(file: CalibrationFile, config: LRQKSettings, model: ModelF
 
 
 class CalibratedLayer(LRQKLayer):
-    """Seals pages by where they are in their request; the queries at hand do not matter."""
+    """Seals pages by where they are in their request."""
 
     kernels: Kernels
 
@@ -52,7 +52,7 @@ class CalibratedLayer(LRQKLayer):
         output: torch.Tensor,
     ) -> None:
         self.kernels.prefill_attention(query, key, value, self.host, chunk.pages, chunk.context_len, self.scale, output)
-        numbers = torch.tensor([index for index, _, _ in chunk.filled], dtype=torch.int64)
+        numbers = torch.tensor(chunk.filled, dtype=torch.int64)
         if len(numbers):
             self._seal_numbered(chunk.pages[numbers].long(), numbers)
 

@@ -1,6 +1,6 @@
 """Factorising the keys of sealed pages in a calibrated basis: the plain torch form.
 
-A page is a function of its tokens alone: neither the queries at hand nor the cut of a prompt into chunks matter.
+A page is a function of its tokens alone.
 """
 
 import torch

@@ -10,7 +10,7 @@ from vllm_lrqk.methods.lrqk import torch_ops
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedFormat, CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages, PageFormat
 from vllm_lrqk.methods.lrqk.kernels import Kernels
-from vllm_lrqk.methods.lrqk.seal import QUERY_SHARE
+from vllm_lrqk.methods.lrqk.seal import KEY_SHARE
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 from vllm_lrqk.methods.lrqk.values import RIDGE, VALUE_ITERATIONS, VALUE_SHIFT
 
@@ -46,23 +46,21 @@ def _seal_pages(
     pages: torch.Tensor,
     host: torch.Tensor,
     factors: FactorPages,
-    gram_q: torch.Tensor | None,
     config: LRQKSettings,
 ) -> None:
     index = cpu.pick(names, host.shape[-1])
     if index is None or host.dtype not in cpu.DTYPES or config.factorization != "lrqk":
-        return torch_ops.seal_pages(pages, host, factors, gram_q, config)
+        return torch_ops.seal_pages(pages, host, factors, config)
     return torch.ops.vllm_lrqk.cpu_seal(
         pages.long().contiguous(),
         host,
         factors.raw,
-        None if gram_q is None else gram_q.contiguous(),
         _page_layout(factors.format),
         config.iterations,
         config.lambda_q,
         config.lambda_k,
         RIDGE,
-        QUERY_SHARE,
+        KEY_SHARE,
         VALUE_SHIFT,
         VALUE_ITERATIONS,
         index,

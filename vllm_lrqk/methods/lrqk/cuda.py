@@ -36,7 +36,6 @@ def _seal_pages(
     pages: torch.Tensor,
     host: torch.Tensor,
     factors: FactorPages,
-    gram_q: torch.Tensor | None,
     config: LRQKSettings,
 ) -> None:
     device = factors.raw.device
@@ -44,8 +43,7 @@ def _seal_pages(
         part = pages[start : start + SEAL_PAGES].contiguous()
         rows = torch.empty(len(part), *host.shape[1:], dtype=host.dtype, device=device)
         operators.cuda_gather_pages(host, part, rows, cuda_library.stream_handle(device))
-        grams = None if gram_q is None else gram_q[start : start + SEAL_PAGES]
-        seal_rows(part, rows, factors, grams, config)
+        seal_rows(part, rows, factors, config)
 
 
 def _seal_layers(
@@ -58,6 +56,6 @@ def _seal_layers(
         addresses = [host.data_ptr() for host in hosts]
         operators.cuda_gather_layers(hosts[0], addresses, part, rows, cuda_library.stream_handle(device))
         raw = factors[0].raw.new_zeros(layers * len(part), *factors[0].raw.shape[1:])
-        seal_rows(torch.arange(len(raw), device=device), rows.flatten(0, 1), FactorPages(raw, form), None, config)
+        seal_rows(torch.arange(len(raw), device=device), rows.flatten(0, 1), FactorPages(raw, form), config)
         for own, sealed in zip(factors, raw.unflatten(0, (layers, len(part)))):
             own.raw[part] = sealed

@@ -19,7 +19,7 @@ class PageKernels:
     seal_pages: Callable[..., None]
     prefill_attention: Callable[..., None]
     seal_layers: Callable[..., None] | None = None
-    """Seals the same pages of several layers, without queries: (pages, hosts, factors, config); None: one by one."""
+    """Seals the same pages of several layers: (pages, hosts, factors, config); None: one by one."""
     prefill_prompts: Callable[..., None] | None = None
     """Attends several prompts without history: (query, key, value, run, scale, output); None: one by one."""
 

@@ -11,7 +11,6 @@ from vllm_lrqk.devices import cpu
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.kernels import PageKernels
-from vllm_lrqk.methods.lrqk.seal import query_grams
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
 
@@ -88,7 +87,7 @@ class LRQKLayer(Layer):
                 self.prefill(query[of], key[of], value[of], run.chunks[0], None, output[of])
                 continue
             attend(query[of], key[of], value[of], run, self.scale, output[of])
-            self._seal_filled(query, key.shape[1], [(chunk, chunk.start) for chunk in run.chunks])
+            self._seal_filled(run.chunks)
 
     def prefill(
         self,
@@ -101,21 +100,13 @@ class LRQKLayer(Layer):
     ) -> None:
         """Attend exactly and seal the pages that the chunk fills."""
         self.kernels.prefill_attention(query, key, value, self.host, chunk.pages, chunk.context_len, self.scale, output)
-        self._seal_filled(query, key.shape[1], [(chunk, 0)])
+        self._seal_filled([chunk])
 
-    def _seal_filled(self, query: torch.Tensor, kv_heads: int, chunks: list[tuple[PrefillChunk, int]]) -> None:
-        """Seal the pages that some chunks fill; the number beside each is the place of its first query in `query`."""
-        pages, starts, ends = [], [], []
-        for chunk, first in chunks:
-            if chunk.filled:
-                pages.append(chunk.pages[chunk.filled[0][0] : chunk.filled[-1][0] + 1])
-                starts += [first + start for _, start, _ in chunk.filled]
-                ends += [first + end for _, _, end in chunk.filled]
+    def _seal_filled(self, chunks: list[PrefillChunk]) -> None:
+        """Seal the pages that some chunks fill."""
+        pages = [chunk.pages[chunk.filled.start : chunk.filled.stop] for chunk in chunks if chunk.filled]
         if pages:
-            grams = None
-            if self.config.factorization == "lrqk":
-                grams = query_grams(query, kv_heads, starts, ends)
-            self._seal(torch.cat(pages).long(), grams)
+            self._seal(torch.cat(pages).long())
 
     def decode(
         self,
@@ -130,7 +121,7 @@ class LRQKLayer(Layer):
         self.decoder.decode(query, key, value, block_table, seq_lens, request_blocks, output)
 
     def seal(self, filled: FilledPages) -> None:
-        self._seal(filled.pages, None)
+        self._seal(filled.pages)
 
     @classmethod
     def seal_all(cls, layers: list[Any], filled: FilledPages) -> None:
@@ -143,8 +134,8 @@ class LRQKLayer(Layer):
         for layer in layers:
             layer.counters.pages_sealed += len(pages)
 
-    def _seal(self, pages: torch.Tensor, gram_q: torch.Tensor | None) -> None:
-        self.kernels.seal_pages(pages, self.host, self.factors, gram_q, self.config)
+    def _seal(self, pages: torch.Tensor) -> None:
+        self.kernels.seal_pages(pages, self.host, self.factors, self.config)
         self.counters.pages_sealed += len(pages)
 
     def warm_up(self) -> None:

@@ -35,6 +35,10 @@ class LRQK(Method):
     settings: LRQKSettings
 
     @property
+    def variant(self) -> str:
+        return f"{self.settings.factorization} factors"
+
+    @property
     def host_memory_gib(self) -> float | None:
         return self.settings.host_memory_gib
 

@@ -3,6 +3,9 @@
 Every iterate of LRQK (Li et al., NeurIPS 2025, arXiv 2510.23649, section 3) on one page has the form
 A_Q = Q X, A_K = K Y with X, Y in R^{d x r}, so the whole fit needs only the Gram matrices
 G_Q = Q'Q and G_K = K'K. The proxy score of token n for query q is (q X) . (K Y)_n.
+
+Which queries will come is not known when a page is sealed, and those at hand depend on how a prompt was cut into
+chunks. The page's own keys stand in for them, so that factors are a function of the page's tokens alone.
 """
 
 import torch
@@ -11,8 +14,8 @@ from vllm_lrqk.methods.lrqk.format import FactorPages
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 from vllm_lrqk.methods.lrqk.values import solve_right, value_regression, values_first
 
-QUERY_SHARE = 0.5
-"""Share of the queries at hand in G_Q; the rest is identity, so that a few of them do not blind a page to others."""
+KEY_SHARE = 0.5
+"""Share of the page's own keys in G_Q; the rest is identity, for queries that look elsewhere."""
 
 
 def _top_columns(gram_q: torch.Tensor, gram_k: torch.Tensor, rank: int) -> torch.Tensor:
@@ -55,12 +58,9 @@ def _normalized(gram: torch.Tensor, mean_diagonal: float) -> torch.Tensor:
     return torch.where(size > 0, gram * (mean_diagonal / size.clamp_min(torch.finfo(gram.dtype).tiny)), 0.0)
 
 
-def _query_metric(gram_q: torch.Tensor | None, gram_k: torch.Tensor) -> torch.Tensor:
-    """G_Q of the fit, float32 [..., d, d], mean diagonal 1: queries at hand and identity, or identity alone."""
-    identity = torch.eye(gram_k.shape[-1], device=gram_k.device).expand_as(gram_k)
-    if gram_q is None:
-        return identity
-    return _normalized(QUERY_SHARE * _normalized(gram_q, 1.0) + (1 - QUERY_SHARE) * identity, 1.0)
+def _query_metric(gram_k: torch.Tensor) -> torch.Tensor:
+    """G_Q of the fit, float32 [..., d, d], from K'K: the page's own keys and identity."""
+    return KEY_SHARE * _normalized(gram_k, 1.0) + (1 - KEY_SHARE) * torch.eye(gram_k.shape[-1], device=gram_k.device)
 
 
 def key_pca_projections(gram_k: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,22 +77,17 @@ def _quantize_columns(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.T
     return (matrix / scale[..., None, :]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def seal_pages(
-    pages: torch.Tensor, host: torch.Tensor, factors: FactorPages, gram_q: torch.Tensor | None, config: LRQKSettings
-) -> None:
+def seal_pages(pages: torch.Tensor, host: torch.Tensor, factors: FactorPages, config: LRQKSettings) -> None:
     """Factorise full pages and write their factor pages.
 
     Args:
         pages: int64 [M], distinct page ids.
         host: [num_pages, kv_heads, N, 2, d], the layer's host pages (keys at 0, values at 1).
-        gram_q: float32 [M, kv_heads, d, d], Q'Q of the queries at hand, zero for a page without any; None: no queries.
     """
-    seal_rows(pages, host[pages], factors, gram_q, config)
+    seal_rows(pages, host[pages], factors, config)
 
 
-def seal_rows(
-    pages: torch.Tensor, rows: torch.Tensor, factors: FactorPages, gram_q: torch.Tensor | None, config: LRQKSettings
-) -> None:
+def seal_rows(pages: torch.Tensor, rows: torch.Tensor, factors: FactorPages, config: LRQKSettings) -> None:
     """As `seal_pages`, from the pages' own rows [M, kv_heads, N, 2, d]."""
     f = factors.format
     key, value = rows[..., 0, :].float(), rows[..., 1, :].float()
@@ -102,7 +97,7 @@ def seal_rows(
     else:
         # Magnitudes of Q and K say nothing about which directions matter, but would shift the weight of lambda.
         tokens = float(f.page_size)
-        metric, normal_gram_k = tokens * _query_metric(gram_q, gram_k), _normalized(gram_k, tokens)
+        metric, normal_gram_k = tokens * _query_metric(gram_k), _normalized(gram_k, tokens)
         x, y = lrqk_projections(metric, normal_gram_k, f.rank, config.iterations, config.lambda_q, config.lambda_k)
     if 0 < f.value_rank < f.rank:
         x, y = values_first(x, y, key, value)
@@ -121,18 +116,3 @@ def seal_rows(
         factors.key_factor_mean[pages] = key_factor_mean
         factors.value_projection[pages] = value_projection.mT
         factors.value_scale[pages] = value_scale
-
-
-def query_grams(query: torch.Tensor, num_kv_heads: int, starts: list[int], ends: list[int]) -> torch.Tensor:
-    """Gram matrices of the queries at hand for some pages: float32 [M, KV, d, d].
-
-    Args:
-        query: [T, H, d], the chunk's queries.
-        starts, ends: token ranges inside the chunk, one per page.
-    """
-    grouped = query.unflatten(1, (num_kv_heads, -1))
-    grams = []
-    for start, end in zip(starts, ends):
-        page = grouped[start:end].transpose(0, 1).flatten(1, 2).float()  # [KV, tokens * G, d]
-        grams.append(page.mT @ page)
-    return torch.stack(grams)

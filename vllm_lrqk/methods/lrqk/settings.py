@@ -37,8 +37,8 @@ class LRQKSettings(Settings):
     """Columns of the key factor that the values of `residual: "linear"` follow; a multiple of 4, at most `rank`;
     default: all."""
     factorization: str = field(default="lrqk", metadata={"choices": ("lrqk", "key_pca", "calibrated")})
-    """How a page's keys are factorised; "key_pca" ignores the queries; "calibrated" takes the basis from a calibration
-    file, with `rank` columns in int8 and as many again in 4 bits."""
+    """How a page's keys are factorised: by LRQK's updates, by their principal components, or in the basis of a
+    calibration file, with `rank` columns in int8 and as many again in 4 bits. A function of the page's tokens alone."""
     calibration: str | None = None
     """File of `vllm-lrqk calibrate` for the served model, for `factorization: "calibrated"`."""
     value_map: str = field(default="page", metadata={"choices": ("page", "calibrated")})
