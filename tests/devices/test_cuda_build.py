@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import machine_code
 import pytest
 import torch
 
@@ -64,6 +65,37 @@ def test_kernels_compile_without_local_arrays(source: str, built: Built) -> None
 
 
 @needs_nvcc
+@pytest.mark.parametrize(
+    ("source", "kernel", "wanted"),
+    [
+        ("lrqk/score", "score_kernelILb1E", {"IDP.4A.S8.S8": 32, "LDG.E.128": 4}),  # int8 factors
+        ("lrqk/moment", "moment_kernelILb1E", {"LDG.E.128": 4}),
+        ("topk/weigh", "weigh_kernel", {"LDG.E.128": 1, "STG.E.128": 1}),
+        ("topk/emit", "emit_kernel", {"LDG.E.128": 2}),
+        ("copy", "fetch_kernel", {"LDG.E.128": 1, "STG.E.128": 1}),
+        ("copy", "gather_kernel", {"LDG.E.128": 1, "STG.E.128": 1}),
+    ],
+)
+def test_machine_code_is_as_wide_as_meant(source: str, kernel: str, wanted: dict[str, int], built: Built) -> None:
+    """Integer products four at a time, and 16 bytes an access: what the estimates of docs/cuda.md rest on."""
+    kernels = machine_code.instructions(built.objects[f"csrc/cuda/{source}.cu"])
+    chosen = {name: counts for name, counts in kernels.items() if kernel in name}
+    assert chosen, list(kernels)
+    for name, counts in chosen.items():
+        assert all(counts[instruction] >= least for instruction, least in wanted.items()), (name, counts)
+
+
+@needs_nvcc
+def test_products_of_the_score_kernel_leave_room_for_other_blocks(built: Built) -> None:
+    """Registers of a thread: 128 let 16 warps run on a multiprocessor, for groups of up to 4 query heads."""
+    said = built.said["csrc/cuda/lrqk/score.cu"]
+    found = re.findall(r"score_kernelILb[01]ELi(\d+)ELi\d+E.*?Used (\d+) registers", said, re.DOTALL)
+    registers = {(int(group), int(count)) for group, count in found}
+    assert {group for group, _ in registers} >= {1, 2, 4, 8}
+    assert all(count <= 128 for group, count in registers if group <= 4), registers
+
+
+@needs_nvcc
 @pytest.mark.parametrize("source", cuda_build.BINDINGS)
 def test_bindings_use_the_stable_abi_only(source: str, built: Built) -> None:
     """No symbol of torch's C++ library: those change from version to version."""
@@ -93,7 +125,10 @@ def test_triton_kernels_compile() -> None:
     compiled = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(compiled) == 2 * (9 + 6 + 3)
     assert all(item["cubin_bytes"] > 0 and item["shared_bytes"] <= 99 << 10 for item in compiled)
-    assert all(item["wide_loads"] > 0 for item in compiled if item["kernel"].startswith("attend"))
+    attends = [item for item in compiled if item["kernel"].startswith("attend")]
+    assert all(item["wide_loads"] > 0 for item in attends)
+    # In float32 the products are exact, which tensor cores' are not.
+    assert all((item["tensor_core_products"] > 0) == ("float32" not in item["kernel"]) for item in attends)
 
 
 def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,7 @@ def main() -> None:
                 "capability": capability,
                 "shared_bytes": compiled.metadata.shared,
                 "cubin_bytes": len(compiled.asm["cubin"]),
+                "tensor_core_products": len(re.findall(r"\b(?:wg)?mma\.\S*sync", compiled.asm["ptx"])),
                 "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])),
             }
             print(json.dumps(result))
