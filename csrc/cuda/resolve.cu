@@ -2,7 +2,8 @@
 //
 // One block per (request, KV head). Live hot rows go into a hash table by their slot; every attended position looks its
 // slot up; what is missing replaces the hot rows that were not used for the longest time, dead ones first, and among
-// equals the first. Ages from kOldest on count as equal.
+// equals the first. Ages from kOldest on count as equal. A hot row of the current token's slot is emptied: it may be that
+// of a token that was drafted and rejected.
 #include "cuda/rows.cuh"
 
 namespace lrqk::cuda {
@@ -26,12 +27,19 @@ __device__ inline unsigned hash_of(int slot, int table_size) {
   return (static_cast<unsigned>(slot) * 0x9E3779B1u >> 7) & static_cast<unsigned>(table_size - 1);
 }
 
+__device__ inline int slot_of(const ResolveArgs& a, const Item& item, int position) {
+  const int page = a.block_table[item.request * a.block_table_stride + position / a.page_size];
+  return page * a.page_size + position % a.page_size;
+}
+
 // Ages of all hot rows; live ones into the table.
 __device__ inline void insert_hot(const ResolveArgs& a, const Item& item, int now) {
+  const int current = slot_of(a, item, a.seq_lens[item.request] - 1);
   for (int i = threadIdx.x; i < a.table_size; i += blockDim.x) item.table[i] = -1;
   __syncthreads();
   for (int i = threadIdx.x; i < item.num_hot; i += blockDim.x) {
     const HotRow hot = hot_row(a.hot, item.blocks, item.kv_head, i);
+    if (*hot.slot == current) *hot.slot = -1;
     const int slot = *hot.slot;
     const bool is_slot = slot >= 0 && slot / a.page_size < a.num_host_pages;
     const bool is_live = is_slot && *hot.tag == tag_of(slot, a.generation[slot / a.page_size]);
@@ -51,11 +59,6 @@ __device__ inline int find_hot(const ResolveArgs& a, const Item& item, int slot)
     at = (at + 1) & static_cast<unsigned>(a.table_size - 1);
   }
   return -1;
-}
-
-__device__ inline int slot_of(const ResolveArgs& a, const Item& item, int position) {
-  const int page = a.block_table[item.request * a.block_table_stride + position / a.page_size];
-  return page * a.page_size + position % a.page_size;
 }
 
 // The slot of a position, or -1: it is none, or its page has no host memory.

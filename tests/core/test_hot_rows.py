@@ -42,7 +42,7 @@ def test_resolves_to_host_rows(seed, steps, wanted):
         ).view(2, KV_HEADS, wanted)
         rows[torch.rand(rows.shape, generator=generator) < 0.2] = -1
         rows = rows.int()
-        lens = torch.tensor([4 * PAGE_SIZE, 4 * PAGE_SIZE + 1]).int()
+        lens = torch.tensor([4 * PAGE_SIZE, 4 * PAGE_SIZE - 1]).int()
         got, fetch = cache.resolve(rows, host, block_table, hot_blocks, lens, step)
         right = gather_rows(host, block_table, rows)
         assert torch.equal(got[rows >= 0], right[rows >= 0])
@@ -50,14 +50,14 @@ def test_resolves_to_host_rows(seed, steps, wanted):
         assert int((rows >= 0).sum()) - new_tokens <= fetch.hits + fetch.misses <= int((rows >= 0).sum())
         again, fetch = cache.resolve(rows, host, block_table, hot_blocks, lens, step)
         assert torch.equal(again[rows >= 0], right[rows >= 0])
-        assert (fetch.hits, fetch.misses) == (int((rows >= 0).sum()), 0)
+        assert (fetch.hits, fetch.misses) == (int((rows >= 0).sum()) - new_tokens, 0)
 
 
 def test_keeps_the_rows_used_last():
     cache = make_cache(0)
     host = torch.randn(NUM_PAGES, KV_HEADS, PAGE_SIZE, 2, HEAD_SIZE)
     table, hot_blocks = torch.arange(4)[None].int(), torch.arange(2)[None].int()  # six slots
-    lens = torch.tensor([1000])
+    lens = torch.tensor([32])
 
     def resolve(rows, step):
         rows = torch.tensor(rows).int().expand(1, KV_HEADS, -1)
@@ -75,7 +75,7 @@ def test_keeps_the_rows_used_last():
 def test_a_page_written_anew_is_fetched_anew():
     cache = make_cache(0)
     host = torch.zeros(NUM_PAGES, KV_HEADS, PAGE_SIZE, 2, HEAD_SIZE)
-    table, hot_blocks, lens = torch.tensor([[5]]).int(), torch.tensor([[0, 1]]).int(), torch.tensor([100])
+    table, hot_blocks, lens = torch.tensor([[5]]).int(), torch.tensor([[0, 1]]).int(), torch.tensor([PAGE_SIZE])
     rows = torch.tensor([3]).int().expand(1, KV_HEADS, 1)
     fill(cache, host, [5], torch.Generator().manual_seed(1))
     cache.resolve(rows, host, table, hot_blocks, lens, 1)
@@ -83,6 +83,22 @@ def test_a_page_written_anew_is_fetched_anew():
     got, fetch = cache.resolve(rows, host, table, hot_blocks, lens, 2)
     assert fetch.misses == KV_HEADS
     assert torch.equal(got, gather_rows(host, table, rows))
+
+
+def test_the_row_of_a_rejected_token_is_not_kept():
+    cache = make_cache(0)
+    host = torch.zeros(NUM_PAGES, KV_HEADS, PAGE_SIZE, 2, HEAD_SIZE)
+    table, hot_blocks = torch.tensor([[5]]).int(), torch.tensor([[0, 1]]).int()
+    fill(cache, host, [5], torch.Generator().manual_seed(1))
+    rows, lens = torch.tensor([2, 3]).int().expand(1, KV_HEADS, 2), torch.tensor([4])
+    cache.resolve(rows, host, table, hot_blocks, lens, 1)
+    host[5, :, 3] = 7.0
+    for step in (2, 3):
+        got, _ = cache.resolve(rows, host, table, hot_blocks, lens, step)
+        assert torch.equal(got, gather_rows(host, table, rows))
+    got, fetch = cache.resolve(rows, host, table, hot_blocks, lens + 1, 4)
+    assert torch.equal(got, gather_rows(host, table, rows))
+    assert fetch.hits == 2 * KV_HEADS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

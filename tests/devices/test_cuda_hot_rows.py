@@ -93,7 +93,7 @@ def test_slots_hold_host_rows(seed: int, steps: int, wanted: int) -> None:
         layer.fill([])
         got, hits, misses = layer.resolve(rows, block_table, hot_blocks, lens)
         assert torch.equal(got[rows >= 0], right[rows >= 0])
-        assert (hits, misses) == (num_wanted, 0)
+        assert (hits, misses) == (num_wanted - new_tokens, 0)
 
 
 @pytest.fixture
@@ -130,6 +130,17 @@ def test_a_page_written_anew_is_fetched_anew(one_request: tuple[Layer, torch.Ten
     got, hits, misses = layer.resolve(rows, table, hot_blocks, lens)
     assert (hits, misses) == (KV_HEADS, KV_HEADS)
     assert torch.equal(got, gather_rows(layer.host, table, rows))
+
+
+def test_the_row_of_a_rejected_token_is_not_kept(one_request: tuple[Layer, torch.Tensor, torch.Tensor]) -> None:
+    layer, table, hot_blocks = one_request
+    rows = wanted(2, 3)
+    layer.resolve(rows, table, hot_blocks, torch.tensor([4]).int())
+    layer.host[0, :, 3] = 7.0
+    for length, expected in ((4, 1), (4, 1), (5, 2)):
+        got, hits, misses = layer.resolve(rows, table, hot_blocks, torch.tensor([length]).int())
+        assert torch.equal(got, gather_rows(layer.host, table, rows))
+        assert (hits, misses) == (expected * KV_HEADS, 0)
 
 
 def test_padding_touches_nothing(one_request: tuple[Layer, torch.Tensor, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_runtime import Runtime
+from drafts import NGRAM, KnowingDrafter, acceptance
 from emulated import emulated_operators
 from engines import counters, engine, greedy, scheduler, tiny_llama, token_prompts
 from host_attention import use_host_attention
@@ -100,3 +101,15 @@ def test_preempted_and_cached_pages(model: Any, on_emulated_device: None) -> Non
         assert [list(output.token_ids) for output in greedy(llm, prompts, 24)] == expected
         assert preempted
         assert list(greedy(llm, prompts[1:2], 6)[0].token_ids) == expected[1][:6]  # with a cached prefix
+
+
+def test_drafted_tokens(model: Any, plain: Any, on_emulated_device: None) -> None:
+    """Tokens of one request go through its hot rows in turn; those of rejected tokens are not read again."""
+    speculating = {"speculative_config": NGRAM, "disable_log_stats": False}
+    with engine(model, SETTINGS | {"hot_cache": True}, **BATCHES, **speculating) as llm:
+        prompts, drafter = token_prompts(LENGTHS), KnowingDrafter(llm)
+        for prompt, answer in zip(prompts, plain[0]):
+            drafter.know(prompt, answer)
+        assert [list(output.token_ids) for output in greedy(llm, prompts, COUNT)] == plain[0]
+        drafted, accepted = acceptance(llm)
+        assert 0.2 * drafted < accepted < 0.9 * drafted

@@ -1,9 +1,10 @@
 """What vLLM's scheduler does to requests must not show in their tokens, and must leave nothing behind."""
 
 import pytest
-from engines import assert_nothing_in_use, counters, engine, greedy, scheduler, tiny_llama, token_prompts
+from engines import assert_nothing_in_use, counters, engine, greedy, tiny_llama, token_prompts
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from schedules import count_preemptions, host_memory_for, note_lone_tokens, run_schedule, serve_alone, tokens
 
 pytestmark = pytest.mark.engine
 
@@ -20,19 +21,6 @@ def model(models):
     return tiny_llama(models, 4, 2, 64)
 
 
-def serve_alone(llm):
-    """Tokens of a prompt served alone: a function of (prompt, count), remembered."""
-    seen = {}
-
-    def run(prompt, count):
-        key = (tuple(prompt["prompt_token_ids"]), count)
-        if key not in seen:
-            seen[key] = list(greedy(llm, [prompt], count)[0].token_ids)
-        return seen[key]
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def alone(model):
     with engine(model, SPARSE, enable_prefix_caching=False, max_num_seqs=1) as llm:
@@ -43,10 +31,6 @@ def alone(model):
 def dense_alone(model):
     with engine(model, enable_prefix_caching=False, max_num_seqs=1) as llm:
         yield serve_alone(llm)
-
-
-def tokens(outputs):
-    return [list(output.token_ids) for output in outputs]
 
 
 def test_prompt_lengths_around_the_selection(model, alone):
@@ -76,23 +60,11 @@ def test_prefix_cache_reuses_pages(model, alone):
         assert tokens(greedy(llm, [first, second], 16)) == [alone(first, 16), alone(second, 16)]
 
 
-def count_preemptions(llm):
-    preempted = []
-    original = scheduler(llm)._preempt_request
-    scheduler(llm)._preempt_request = lambda *a, **k: (preempted.append(1), original(*a, **k))[1]
-    return preempted
-
-
-def host_memory_for(pages):
-    """GiB that hold so many pages of the test model: 2 layers, 2 KV heads, head size 64, float32."""
-    return pages * PAGE * 2 * 2 * 2 * 64 * 4 / (1 << 30)
-
-
 @pytest.mark.parametrize("hot_cache", [False, True])
 def test_long_decode_under_preemption(model, dense_alone, hot_cache):
     prompts = token_prompts([150, 200, 250])
     # Room for about 1,000 tokens where the three requests grow to 2,400: they push each other out.
-    tight = {**COVERING, "hot_cache": hot_cache, "host_memory_gib": host_memory_for(17)}
+    tight = {**COVERING, "hot_cache": hot_cache, "host_memory_gib": host_memory_for(17, PAGE)}
     with engine(model, tight, max_model_len=900, max_num_seqs=3) as llm:
         preempted = count_preemptions(llm)
         assert tokens(greedy(llm, prompts, 600)) == [dense_alone(prompt, 600) for prompt in prompts]
@@ -101,7 +73,7 @@ def test_long_decode_under_preemption(model, dense_alone, hot_cache):
 
 def test_long_sparse_decode_under_preemption(model, alone):
     prompts = token_prompts([150, 200, 250])
-    tight = {**SPARSE, "hot_cache": True, "host_memory_gib": host_memory_for(17)}
+    tight = {**SPARSE, "hot_cache": True, "host_memory_gib": host_memory_for(17, PAGE)}
     with engine(model, tight, max_model_len=900, max_num_seqs=3) as llm:
         preempted = count_preemptions(llm)
         served = tokens(greedy(llm, prompts, 600))
@@ -166,55 +138,14 @@ def schedule_engine(request, model):
     covering = request.param == "covering"
     settings_ = COVERING if covering else SPARSE
     with engine(
-        model, {**settings_, "host_memory_gib": host_memory_for(12 if covering else 40), "hot_cache": True}, **limits
+        model,
+        {**settings_, "host_memory_gib": host_memory_for(12 if covering else 40, PAGE), "hot_cache": True},
+        **limits,
     ) as llm:
         preempted = count_preemptions(llm)
         yield request.param, llm, note_lone_tokens(llm)
         # A schedule that never runs out of memory would not test what this one is for.
         assert bool(preempted) == covering
-
-
-def note_lone_tokens(llm):
-    """Requests whose last prompt token comes alone, after others of the prompt: it decodes, and so it selects."""
-    noted, schedule = set(), scheduler(llm).schedule
-
-    def note(*args, **kwargs):
-        planned = schedule(*args, **kwargs)
-        for name, count in planned.num_scheduled_tokens.items():
-            request = scheduler(llm).requests[name]
-            is_last = request.num_computed_tokens in (request.num_prompt_tokens - 1, request.num_prompt_tokens)
-            if count == 1 and is_last and request.num_output_tokens == 0:
-                noted.add(name)
-        return planned
-
-    scheduler(llm).schedule = note
-    return noted
-
-
-def run_schedule(llm, prompts, requests):
-    """Submit, step and abort as the requests say: tokens of those that finished, by index."""
-    from vllm import SamplingParams
-
-    core, finished, started, step = llm.llm_engine, {}, {}, 0
-    waiting = dict(enumerate(requests))
-    while waiting or core.has_unfinished_requests():
-        for i in [i for i, r in waiting.items() if r["arrives"] <= step]:
-            parameters = SamplingParams(
-                temperature=0, max_tokens=waiting.pop(i)["tokens"], ignore_eos=True, detokenize=False
-            )
-            core.add_request(str(i), prompts[i], parameters)
-            started[i] = step
-        for output in core.step():
-            if output.finished:
-                finished[int(output.request_id)] = list(output.outputs[0].token_ids)
-        for i, start in list(started.items()):
-            limit = requests[i]["aborted_after"]
-            if limit is not None and step - start >= limit and i not in finished:
-                core.abort_request([str(i)])
-                del started[i]
-        step += 1
-        assert step < 5000, "the schedule does not end"
-    return finished
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

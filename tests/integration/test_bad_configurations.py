@@ -23,6 +23,7 @@ def other(method: str, values: dict[str, Any], *words: str) -> Case:
     return {"attention_backend": method, "additional_config": {method.lower(): values}}, [*words]
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 TYPES = [
     lrqk({"top_k": "many"}, "lrqk.top_k", "'many'", "whole number"),
     lrqk({"top_k": True}, "lrqk.top_k", "True", "whole number"),
@@ -103,8 +104,16 @@ FLAGS = [
         ["--kv-transfer-config", "OffloadingConnector", "leave it out"],
     ),
     (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-        ["--speculative-config", "ngram", "leave it out"],
+        {"speculative_config": NGRAM, **lrqk({"capture": "/tmp/no-such-folder"})[0], "enable_prefix_caching": False},
+        ["lrqk.capture", "/tmp/no-such-folder", "leave --speculative-config out"],
+    ),
+    (
+        {"speculative_config": NGRAM, **other("LOLA", {})[0]},
+        ["--speculative-config", "ngram", "LOLA", "leave it out"],
+    ),
+    (
+        {"speculative_config": {"method": "custom_class", "model": "a.Drafter", "num_speculative_tokens": 2}},
+        ["--speculative-config", "custom_class", "set it to ngram"],
     ),
     ({"runner": "pooling"}, ["runner", "pooling", "another attention backend"]),
 ]

@@ -8,7 +8,8 @@ A request's hot slots live in blocks of vLLM's own pool (as large as a factor pa
 A slot says which host row it mirrors (`row` = page id * N + offset) and the tag of that row's page at the
 time. A page's generation grows whenever the page is written from its beginning, so a slot is valid only
 while its tag matches: blocks change hands without being cleared, and a row of a page that another request
-has since taken over is never mistaken for the old one.
+has since taken over is never mistaken for the old one. A row that is written anew in the middle of its page, where a
+drafted token was rejected, is that of the current token when it is wanted again, which no slot is trusted with.
 """
 
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ class HotCache(HotRows):
             host: [num_pages, KV, N, 2, d].
             block_table: int32 [B, P].
             hot_blocks: int32 [B, M], the request's hot blocks.
-            seq_lens: int32 [B]; the row of the current token, just computed, is no fetch from the host.
+            seq_lens: int32 [B]; the row of the current token, just computed, is no fetch from the host, and no hit
+                either: a slot may still hold that of a token that was drafted here and rejected.
 
         Returns:
             [B, KV, R, 2, d] and the counts.
@@ -106,6 +108,7 @@ class HotCache(HotRows):
         page_size = host.shape[2]
         wanted, wanted_tag = self._identify(rows, block_table, page_size)
         blocks = hot_blocks.long()
+        self._forget(self._identify((seq_lens - 1)[:, None, None], block_table, page_size)[0], blocks)
         slot_row = self._gather(self.row, blocks)  # [B, KV, slots]
         slot_tag, slot_used = self._gather(self.tag, blocks), self._gather(self.last_used, blocks)
         in_range = (slot_row >= 0) & (slot_row < len(self.generation) * page_size)
@@ -143,6 +146,11 @@ class HotCache(HotRows):
         page = block_table.long().gather(1, (position // page_size).flatten(1)).view_as(position)
         row = page * page_size + position % page_size
         return torch.where(rows >= 0, row, -1), self._tag(row, page_size)
+
+    def _forget(self, rows: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Empty the slots of `blocks`, int64 [B, M], that hold the request's one of `rows`, int64 [B, 1, 1]."""
+        held = self.row[blocks]  # [B, M, KV, S]
+        self.row[blocks] = torch.where(held == rows[..., None], -1, held)
 
     def _tag(self, row: torch.Tensor, page_size: int) -> torch.Tensor:
         """A 32-bit mark of a row and its page's generation, as signed values in int64."""

@@ -67,15 +67,17 @@ class LayerMemory:
 class Layer(ABC):
     """Serves the steps of one attention layer.
 
-    Requests with one token decode, all other chunks are prefilled; a batch of the former alone can be captured into a
-    graph. In what follows `request_blocks` is int32 [R, M], the blocks that each request owns; None where the method
-    asks for none.
+    Requests with one token decode, and each of several where they were drafted; all other chunks are prefilled. A batch
+    of single tokens alone can be captured into a graph. In what follows `request_blocks` is int32 [R, M], the blocks
+    that each request owns; None where the method asks for none.
     """
 
     kernels_name = "torch"
     """Of what computes, for the log."""
     kernels_hint = ""
     """A sentence where this machine has better kernels than those that the layer can use."""
+    decodes_one_per_request = False
+    """Whether several tokens of one request decode one after the other, as they change what it owns."""
 
     def forward(
         self,
@@ -95,11 +97,19 @@ class Layer(ABC):
         self.append(key, value, step)
         if step.prefill:
             self.prefill_all(query, key, value, step, request_blocks, output)
-        if step.num_decodes:
-            of = slice(step.num_decodes)
-            own = None if request_blocks is None else request_blocks[of]
-            table, lens = step.block_table[of], step.seq_lens[of]
-            self.decode(query[of], key[of], value[of], table, lens, own, output[of])
+        if not step.num_decodes:
+            return
+        if step.passed_pages is not None:
+            self.seal(step.passed_pages)
+        for part in step.decoding(self.decodes_one_per_request):
+            own = None if request_blocks is None else request_blocks[part.requests]
+            of, where = part.tokens, (part.block_table, part.seq_lens, own)
+            if isinstance(of, slice):
+                self.decode(query[of], key[of], value[of], *where, output[of])
+            else:
+                answer = torch.empty_like(output[of])
+                self.decode(query[of], key[of], value[of], *where, answer)
+                output[of] = answer
 
     @abstractmethod
     def append(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
@@ -143,7 +153,8 @@ class Layer(ABC):
         request_blocks: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        """Attend one token of each of B requests.
+        """Attend B tokens, each as the last of its request; where tokens were drafted a request may have several, of
+        which all are stored.
 
         Args:
             query, output: [B, H, d].
@@ -153,7 +164,11 @@ class Layer(ABC):
         """
 
     def seal(self, filled: FilledPages) -> None:
-        """Called before the next step with the pages that this step's decode tokens fill, on the device."""
+        """Called before the next step with the pages that this step's decode tokens fill, on the device.
+
+        Where tokens were drafted it may be called in the step, and a page that they fill is sealed once more if they
+        are rejected and others fill it.
+        """
 
     @classmethod
     def seal_all(cls, layers: "list[Any]", filled: FilledPages) -> None:

@@ -73,6 +73,8 @@ class Method(ABC):
     """The setting, with its key, that vLLM's block size follows."""
     serves_windows: ClassVar[bool] = False
     """Whether layers with a sliding window may stand beside its own, which are served exactly."""
+    serves_drafts: ClassVar[bool] = False
+    """Whether tokens that were drafted and rejected leave nothing behind: what a step stores is written over."""
     tallies: ClassVar[tuple[str, ...]] = ()
     """Names of what its kernels count on the device."""
 

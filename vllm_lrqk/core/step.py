@@ -3,7 +3,7 @@
 Shapes: R requests, T tokens of the step, P pages.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
 
@@ -58,6 +58,33 @@ class PromptRun:
 
 
 @dataclass
+class DecodeTokens:
+    """Tokens that decode, each as the last of its request by then; one request may have several."""
+
+    tokens: slice | torch.Tensor
+    """Of the step; a tensor is int64 [B]."""
+    requests: slice | torch.Tensor
+    """Rows of the batch; a tensor is int64 [B]."""
+    block_table: torch.Tensor
+    """int32 [B, P]."""
+    seq_lens: torch.Tensor
+    """int32 [B], the token itself included; 0 for padding."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The token that one request decodes, and behind it those that were drafted for it and may be rejected."""
+
+    request: int
+    """Row of the batch."""
+    start: int
+    """First token in the step."""
+    count: int
+    length: int
+    """Tokens of the request with all of these."""
+
+
+@dataclass
 class Step:
     """One forward step; tensors are vLLM's own, whose addresses a captured graph keeps."""
 
@@ -65,7 +92,7 @@ class Step:
     slot_mapping: torch.Tensor
     """int64 [T], page id * page size + offset of each token; -1 for padding."""
     num_decodes: int
-    """The first requests have one token each, request i the token i, and take the decode path."""
+    """Tokens that take the decode path: unless there are `spans`, token i of request i."""
     block_table: torch.Tensor
     """int32 [R, P]."""
     seq_lens: torch.Tensor
@@ -73,6 +100,44 @@ class Step:
     prefill: list[PrefillChunk]
     filled: list[tuple[int, int]]
     """Pages that the decode tokens fill: (request, index among its pages)."""
+    passed: list[tuple[int, int]] = field(default_factory=list)
+    """As `filled`, pages that a span goes on beyond: sealed in this step, before the span's next tokens decode."""
+    spans: list[Span] | None = None
+    """What decodes where tokens were drafted."""
+
+    def decoding(self, one_per_request: bool) -> list[DecodeTokens]:
+        """The tokens that decode: all at once, or one after the other of each request."""
+        if self.spans is None:
+            of = slice(self.num_decodes)
+            return [DecodeTokens(of, of, self.block_table[of], self.seq_lens[of])]
+        return self._turns if one_per_request else [self._all_tokens]
+
+    @cached_property
+    def _all_tokens(self) -> DecodeTokens:
+        assert self.spans is not None
+        return self._decode_tokens([(span, turn) for span in self.spans for turn in range(span.count)])
+
+    @cached_property
+    def _turns(self) -> list[DecodeTokens]:
+        assert self.spans is not None
+        longest = max(span.count for span in self.spans)
+        return [
+            self._decode_tokens([(span, turn) for span in self.spans if turn < span.count]) for turn in range(longest)
+        ]
+
+    def _decode_tokens(self, chosen: list[tuple[Span, int]]) -> DecodeTokens:
+        tokens = [span.start + turn for span, turn in chosen]
+        requests = [span.request for span, _ in chosen]
+        lens = [span.length - span.count + turn + 1 for span, turn in chosen]
+        places, rows, lengths = to_device([tokens, requests, lens], self.block_table.device)
+        is_run = tokens == list(range(tokens[0], tokens[0] + len(tokens)))
+        of = slice(tokens[0], tokens[0] + len(tokens)) if is_run else places
+        return DecodeTokens(of, rows, self.block_table[rows], lengths.int())
+
+    @cached_property
+    def passed_pages(self) -> "FilledPages | None":
+        """`passed`, on the device; None without any."""
+        return _on_device(self.passed, self.block_table)
 
     @cached_property
     def prompt_runs(self) -> list[PromptRun]:
@@ -98,26 +163,45 @@ def build_step(
     seq_lens: torch.Tensor,
     slot_mapping: torch.Tensor,
     page_size: int,
+    max_decode_tokens: int = 1,
+    is_prefilling: list[bool] | None = None,
 ) -> Step:
     """Split a batch, in which requests with one token come first, into decode requests and prefill chunks.
 
     A captured step cannot tell the last token of a prompt from a generated one, so a single token always decodes.
+    Where tokens may have been drafted, single tokens decode in any place, and so do several of a request that is past
+    its prompt.
 
     Args:
         query_starts: R + 1 offsets of the requests' tokens; padding requests, at the end, have none.
         lens: R lengths, what `seq_lens` holds for requests that have tokens.
         block_table, seq_lens, slot_mapping: see `Step`.
+        max_decode_tokens: of a request, the drafted ones included.
+        is_prefilling: whether each request is in its prompt; without drafts it does not matter.
     """
     counts = [end - start for start, end in pairwise(query_starts)]
-    num_decodes = next((row for row, count in enumerate(counts) if count != 1), len(counts))
-    filled = [(row, lens[row] // page_size - 1) for row in range(num_decodes) if lens[row] % page_size == 0]
+    spans = None
+    if max_decode_tokens == 1:
+        decoding = list(range(next((row for row, count in enumerate(counts) if count != 1), len(counts))))
+    else:
+        assert is_prefilling is not None
+        most = [1 if prompt else max_decode_tokens for prompt in is_prefilling]
+        decoding = [row for row, count in enumerate(counts) if 1 <= count <= most[row]]
+        spans = [Span(row, query_starts[row], counts[row], lens[row]) for row in decoding]
+    filled = [(row, lens[row] // page_size - 1) for row in decoding if lens[row] % page_size == 0]
+    passed = [
+        (row, page)
+        for row in decoding
+        for page in range((lens[row] - counts[row]) // page_size, (lens[row] - 1) // page_size)
+    ]
     prefill = [
         prefill_chunk(row, query_starts[row], query_starts[row + 1], lens[row], block_table[row], page_size)
-        for row in range(num_decodes, len(counts))
+        for row in sorted(set(range(len(counts))) - set(decoding))
         if counts[row]
     ]
-    num_tokens = query_starts[-1]
-    return Step(num_tokens, slot_mapping[:num_tokens], num_decodes, block_table, seq_lens, prefill, filled)
+    num_tokens, num_decodes = query_starts[-1], sum(counts[row] for row in decoding)
+    rest = block_table, seq_lens, prefill, filled, passed, spans
+    return Step(num_tokens, slot_mapping[:num_tokens], num_decodes, *rest)
 
 
 def to_device(values: list[list[int]], device: torch.device) -> torch.Tensor:
@@ -128,7 +212,7 @@ def to_device(values: list[list[int]], device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FilledPages:
-    """Full pages, each of another request."""
+    """Full pages."""
 
     pages: torch.Tensor
     """int64 [M], ids."""
@@ -138,7 +222,11 @@ class FilledPages:
 
 def filled_pages(step: Step) -> FilledPages | None:
     """The pages that the step's decode tokens fill, in tensors of their own; None without any."""
-    if not step.filled:
+    return _on_device(step.filled, step.block_table)
+
+
+def _on_device(pages: list[tuple[int, int]], block_table: torch.Tensor) -> FilledPages | None:
+    if not pages:
         return None
-    rows, indices = to_device([list(column) for column in zip(*step.filled)], step.block_table.device)
-    return FilledPages(step.block_table[rows, indices].long(), indices)
+    rows, indices = to_device([list(column) for column in zip(*pages)], block_table.device)
+    return FilledPages(block_table[rows, indices].long(), indices)

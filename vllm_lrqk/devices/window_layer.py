@@ -45,6 +45,7 @@ class WindowLayer:
             of, place = chunk.tokens, (chunk.pages, chunk.context_len, self.window)
             cpu.window_prefill(names, query[of], key[of], value[of], rows, *place, scale, output[of])
         if step.num_decodes:
-            of = slice(step.num_decodes)
-            requests = step.block_table[of], step.seq_lens[of]
-            cpu.window_decode(names, query[of], rows, *requests, self.window, scale, output[of])
+            (part,) = step.decoding(one_per_request=False)
+            of, answer = part.tokens, torch.empty_like(output[part.tokens])
+            cpu.window_decode(names, query[of], rows, part.block_table, part.seq_lens, self.window, scale, answer)
+            output[of] = answer

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 
@@ -36,3 +36,8 @@ def cudagraph_support(vllm_config: Any) -> AttentionCGSupport:
     """Batches of one token per request can be captured whole; the CPU platform has no graphs."""
     is_cpu = vllm_config.device_config.device_type == "cpu"
     return AttentionCGSupport.NEVER if is_cpu else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def prefilling(common: CommonAttentionMetadata) -> list[bool] | None:
+    """Whether each request of a batch is in its prompt; None where vLLM does not say."""
+    return None if common.is_prefilling is None else common.is_prefilling.tolist()

@@ -43,6 +43,8 @@ def check_model(vllm_config: Any, chosen: Method) -> None:
     if chosen.settings.capture is not None:
         _check_capture(vllm_config, f"{chosen.settings.key}.capture", chosen.settings.capture)
     _check_engine(vllm_config, method)
+    if vllm_config.speculative_config is not None:
+        _check_drafts(vllm_config, chosen)
     chosen.check(model_facts(vllm_config))
     chosen.check_machine()
 
@@ -102,13 +104,27 @@ def _check_engine(vllm_config: Any, method: str) -> None:
     ):
         if size > 1:
             raise ConfigError(f"{method} does not support context parallelism ({flag} is {size}): set it to 1.")
-    if vllm_config.speculative_config is not None:
-        drafter = vllm_config.speculative_config.method
-        raise ConfigError(
-            f"{method} does not support speculative decoding (--speculative-config has {drafter}): leave it out."
-        )
     if parallel.use_ubatching:
         raise ConfigError(f"{method} does not support micro-batches (--enable-dbo or --ubatch-size): leave them out.")
+
+
+def _check_drafts(vllm_config: Any, chosen: Method) -> None:
+    speculative, key = vllm_config.speculative_config, chosen.settings.key
+    drafts = f"--speculative-config has method {speculative.method}"
+    if not chosen.serves_drafts:
+        raise ConfigError(f"{drafts}, but {chosen.name} cannot take back what rejected tokens did: leave it out.")
+    if speculative.method != "ngram":
+        raise ConfigError(f"{drafts}, but {chosen.name} serves drafts of method ngram only: set it to ngram.")
+    if vllm_config.device_config.device_type != "cpu":
+        raise ConfigError(
+            f"{drafts}, but {chosen.name} serves drafted tokens on the CPU platform only, as its CUDA graphs and steps "
+            "have one token per request: leave it out."
+        )
+    if chosen.settings.capture is not None:
+        raise ConfigError(
+            f"{key}.capture is {chosen.settings.capture!r}, but tokens that are drafted and rejected cannot be "
+            "captured: leave --speculative-config out."
+        )
 
 
 def _has_alibi(hf_config: Any) -> bool:

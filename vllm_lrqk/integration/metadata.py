@@ -6,7 +6,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_lrqk.core.step import Step, build_step
-from vllm_lrqk.integration.backend_base import cudagraph_support
+from vllm_lrqk.integration.backend_base import cudagraph_support, prefilling
 from vllm_lrqk.integration.blocks import RequestSpec
 from vllm_lrqk.integration.worker import Worker
 
@@ -14,12 +14,12 @@ from vllm_lrqk.integration.worker import Worker
 class StepBuilder(AttentionMetadataBuilder[Step]):
     """Makes the worker that the group's layers share, and their steps."""
 
-    reorder_batch_threshold = 1  # requests with one token come first
-
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Requests with one token, or with drafted ones behind it, come first.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         impls = [vllm_config.compilation_config.static_forward_context[name].impl for name in layer_names]
         for impl in impls:
             impl.release()  # of an earlier pool: its host memory goes before the next is taken
@@ -49,6 +49,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         lens = common.seq_lens_cpu_upper_bound.tolist()
         table = common.block_table_tensor[:, : self.width]
         starts = common.query_start_loc_cpu.tolist()
-        step = build_step(starts, lens, table, common.seq_lens, common.slot_mapping, self.page_size)
+        drafts = self.reorder_batch_threshold, prefilling(common)
+        step = build_step(starts, lens, table, common.seq_lens, common.slot_mapping, self.page_size, *drafts)
         self.worker.begin_step(step, is_capture)
         return step

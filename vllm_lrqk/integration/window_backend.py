@@ -21,7 +21,7 @@ from vllm_lrqk.core.step import Step, build_step
 from vllm_lrqk.core.windows import WindowPlan
 from vllm_lrqk.devices import cpu
 from vllm_lrqk.devices.window_layer import WindowLayer
-from vllm_lrqk.integration.backend_base import BackendBase, cudagraph_support
+from vllm_lrqk.integration.backend_base import BackendBase, cudagraph_support, prefilling
 from vllm_lrqk.integration.checks import check_layer
 from vllm_lrqk.integration.settings import Engine, engine_of, kv_dtype
 from vllm_lrqk.integration.window_blocks import WindowSpec, window_spec
@@ -142,12 +142,12 @@ class WindowImpl(AttentionImpl):
 class WindowStepBuilder(AttentionMetadataBuilder[Step]):
     """The steps of a group of layers with a window, whose block table is their own."""
 
-    reorder_batch_threshold = 1  # requests with one token come first
-
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Requests with one token, or with drafted ones behind it, come first.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.block_size = kv_cache_spec.block_size
 
     @classmethod
@@ -161,4 +161,5 @@ class WindowStepBuilder(AttentionMetadataBuilder[Step]):
         assert common.seq_lens_cpu_upper_bound is not None
         lens, starts = common.seq_lens_cpu_upper_bound.tolist(), common.query_start_loc_cpu.tolist()
         table, slots = common.block_table_tensor, common.slot_mapping
-        return build_step(starts, lens, table, common.seq_lens, slots, self.block_size)
+        drafts = self.reorder_batch_threshold, prefilling(common)
+        return build_step(starts, lens, table, common.seq_lens, slots, self.block_size, *drafts)

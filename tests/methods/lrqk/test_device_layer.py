@@ -128,9 +128,9 @@ class TestBuildStep:
     TABLE = torch.arange(20).view(4, 5).int()
     SLOTS = torch.arange(64)
 
-    def build(self, counts: list[int], lens: list[int]):  # type: ignore[no-untyped-def]
+    def build(self, counts: list[int], lens: list[int], *drafts):  # type: ignore[no-untyped-def]
         starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        return build_step(starts, lens, self.TABLE, torch.tensor(lens).int(), self.SLOTS, 16)
+        return build_step(starts, lens, self.TABLE, torch.tensor(lens).int(), self.SLOTS, 16, *drafts)
 
     def test_single_tokens_decode(self) -> None:
         step = self.build([1, 1, 3, 20], [32, 7, 3, 40])
@@ -146,6 +146,22 @@ class TestBuildStep:
     def test_a_single_token_behind_a_chunk_is_exact(self) -> None:
         step = self.build([2, 1], [2, 1])
         assert (step.num_decodes, len(step.prefill)) == (0, 2)
+
+    def test_drafted_tokens_decode_and_short_chunks_do_not(self) -> None:
+        step = self.build([3, 2, 1, 4], [34, 32, 7, 40], 3, [False, True, True, False])
+        assert [(c.request, c.start, c.end) for c in step.prefill] == [(1, 3, 5), (3, 6, 10)]
+        assert (step.num_decodes, step.filled, step.passed) == (4, [], [(0, 1)])
+        (together,) = step.decoding(one_per_request=False)
+        assert together.tokens.tolist() == [0, 1, 2, 5]
+        assert together.seq_lens.tolist() == [32, 33, 34, 7]
+        assert together.block_table.equal(self.TABLE[[0, 0, 0, 2]])
+        turns = step.decoding(one_per_request=True)
+        assert [turn.requests.tolist() for turn in turns] == [[0, 2], [0], [0]]
+        assert [turn.seq_lens.tolist() for turn in turns] == [[32, 7], [33], [34]]
+
+    def test_a_page_that_a_span_ends_with_is_sealed_before_the_next_step(self) -> None:
+        step = self.build([3], [48], 3, [False])
+        assert (step.filled, step.passed) == ([(0, 2)], [])
 
     def test_tensors_are_those_of_the_batch(self) -> None:
         """A captured graph reads the memory that vLLM fills before each replay."""

@@ -22,6 +22,7 @@ class Aqua(Method):
     name = "AQUA"
     settings_type = AquaSettings
     block_size_setting = "aqua.block_size"
+    serves_drafts = True
     settings: AquaSettings
 
     def check(self, model: ModelFacts) -> None:

@@ -20,6 +20,8 @@ class InPlaceDecoder:
         tallies: int64 [3], see `TALLIES`.
     """
 
+    decodes_one_per_request = False
+
     def __init__(
         self,
         factors: FactorPages | CalibratedPages,
@@ -56,6 +58,8 @@ class InPlaceDecoder:
 
 class HotDecoder(InPlaceDecoder):
     """Reads rows through a hot cache, as a device with memory of its own does: the plain torch form of that."""
+
+    decodes_one_per_request = True
 
     def __init__(
         self,

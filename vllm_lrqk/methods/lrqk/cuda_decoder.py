@@ -15,6 +15,8 @@ class CudaDecoder:
         path: shared by the layers of one worker.
     """
 
+    decodes_one_per_request = True
+
     def __init__(
         self, factors: FactorPages, host: torch.Tensor, hot: DeviceHotCache, path: DecodePath, scale: float
     ) -> None:

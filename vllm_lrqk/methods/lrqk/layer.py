@@ -17,6 +17,9 @@ from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 class Decoder(Protocol):
     """Stores rows and attends single tokens, on one kind of device."""
 
+    decodes_one_per_request: bool
+    """As `Layer.decodes_one_per_request`."""
+
     def append(self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Write keys and values [T, KV, d] into the host pages."""
 
@@ -57,6 +60,7 @@ class LRQKLayer(Layer):
         self.factors = factors
         self.host = host
         self.decoder = decoder
+        self.decodes_one_per_request = decoder.decodes_one_per_request
         self.kernels = kernels
         head_size = host.shape[-1]
         self.kernels_name = cpu.name_for(kernels.name, head_size)

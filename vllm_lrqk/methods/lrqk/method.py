@@ -31,6 +31,7 @@ class LRQK(Method):
     settings_type = LRQKSettings
     block_size_setting = "lrqk.page_size"
     serves_windows = True
+    serves_drafts = True
     tallies: ClassVar[tuple[str, ...]] = TALLIES
     settings: LRQKSettings
 
