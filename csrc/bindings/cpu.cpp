@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <string>
 
 namespace lrqk {
@@ -51,7 +52,8 @@ void cpu_append(const Tensor key, const Tensor value, Tensor host, const Tensor 
 }
 
 void cpu_prefill(const Tensor query, const Tensor key, const Tensor value, const Tensor host, const Tensor pages,
-                 int64_t context_len, int64_t window, double scale, Tensor output, int64_t instruction_set) {
+                 int64_t context_len, int64_t window, double scale, double cap, std::optional<Tensor> sinks,
+                 Tensor output, int64_t instruction_set) {
   const KernelTable& kernels = kernels_of(instruction_set);
   const ScalarType dtype = query.scalar_type();
   check_cpu(query, "query", 3, dtype);
@@ -82,6 +84,7 @@ void cpu_prefill(const Tensor query, const Tensor key, const Tensor value, const
   p.page_size = host.size(2);
   p.window = window;
   p.scale = static_cast<float>(scale);
+  p.logits = logits_of(cap, sinks, p.heads);
   p.dtype = dtype_of<DType>(query);
   check_heads(p.heads, p.kv_heads, kMaxGroup);
   check_head_size(p.head_size, kernels);
@@ -90,7 +93,8 @@ void cpu_prefill(const Tensor query, const Tensor key, const Tensor value, const
 }
 
 void cpu_window_decode(const Tensor query, const Tensor rows, const Tensor block_table, const Tensor seq_lens,
-                       int64_t window, double scale, Tensor output, int64_t instruction_set) {
+                       int64_t window, double scale, double cap, std::optional<Tensor> sinks, Tensor output,
+                       int64_t instruction_set) {
   const KernelTable& kernels = kernels_of(instruction_set);
   const ScalarType dtype = query.scalar_type();
   check_cpu(query, "query", 3, dtype);
@@ -115,6 +119,7 @@ void cpu_window_decode(const Tensor query, const Tensor rows, const Tensor block
   a.page_size = rows.size(2);
   a.window = window;
   a.scale = static_cast<float>(scale);
+  a.logits = logits_of(cap, sinks, a.heads);
   a.dtype = dtype_of<DType>(query);
   check_heads(a.heads, a.kv_heads, kMaxGroup);
   check_head_size(a.head_size, kernels);
@@ -144,10 +149,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
   m.def("cpu_append(Tensor key, Tensor value, Tensor(a!) host, Tensor slot_mapping, int instruction_set) -> ()");
   m.def(
       "cpu_prefill(Tensor query, Tensor key, Tensor value, Tensor host, Tensor pages, int context_len, int window, "
-      "float scale, Tensor(a!) output, int instruction_set) -> ()");
+      "float scale, float cap, Tensor? sinks, Tensor(a!) output, int instruction_set) -> ()");
   m.def(
       "cpu_window_decode(Tensor query, Tensor rows, Tensor block_table, Tensor seq_lens, int window, float scale, "
-      "Tensor(a!) output, int instruction_set) -> ()");
+      "float cap, Tensor? sinks, Tensor(a!) output, int instruction_set) -> ()");
   m.def("cpu_instruction_sets() -> str");
 }
 

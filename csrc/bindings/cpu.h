@@ -1,6 +1,8 @@
 // What the CPU bindings share.
 #pragma once
 
+#include <optional>
+
 #include "bindings/checks.h"
 #include "cpu/dispatch.h"
 
@@ -28,6 +30,15 @@ inline void check_cpu(const Tensor& tensor, const char* name, int64_t dims, Scal
 inline HostPages host_pages(const Tensor& host, ScalarType dtype) {
   check_host_pages(host, dtype);
   return {host.data_ptr(), host.stride(0), host.stride(1)};
+}
+
+inline Logits logits_of(double cap, const std::optional<Tensor>& sinks, int64_t heads) {
+  Logits logits{static_cast<float>(cap), nullptr};
+  if (sinks) {
+    logits.sinks = contiguous<float>(*sinks, "sinks", 1, ScalarType::Float);
+    STD_TORCH_CHECK(sinks->size(0) == heads, "there must be one sink per head");
+  }
+  return logits;
 }
 
 }  // namespace lrqk

@@ -81,13 +81,15 @@ void run_decode(const KernelTable& kernels, const std::vector<Tensor>& basis, De
 }
 
 void cpu_decode(const Tensor query, const Tensor host, const Tensor factors, const Tensor block_table,
-                const Tensor seq_lens, double scale, std::vector<int64_t> page_layout, int64_t top_k, double top_p,
-                int64_t recent_tokens, int64_t sink_tokens, bool with_residual, std::vector<Tensor> basis,
-                Tensor output, Tensor attended, int64_t instruction_set) {
+                const Tensor seq_lens, double scale, double cap, std::optional<Tensor> sinks,
+                std::vector<int64_t> page_layout, int64_t top_k, double top_p, int64_t recent_tokens,
+                int64_t sink_tokens, bool with_residual, std::vector<Tensor> basis, Tensor output, Tensor attended,
+                int64_t instruction_set) {
   const KernelTable& kernels = kernels_of(instruction_set);
   const HostPages pages = host_pages(host, query.scalar_type());
   auto a = selection_args(query, factors, block_table, seq_lens, scale, page_layout, host.size(2), top_k, top_p,
                           recent_tokens, sink_tokens, with_residual);
+  a.logits = logits_of(cap, sinks, a.heads);
   check_head_size(a.head_size, kernels);
   check_cpu(output, "output", 3, query.scalar_type());
   check_cpu(attended, "attended", 1, ScalarType::Long);
@@ -100,12 +102,13 @@ void cpu_decode(const Tensor query, const Tensor host, const Tensor factors, con
 }
 
 void cpu_select(const Tensor query, const Tensor factors, const Tensor block_table, const Tensor seq_lens, double scale,
-                std::vector<int64_t> page_layout, int64_t page_size, int64_t top_k, double top_p, int64_t recent_tokens,
-                int64_t sink_tokens, std::vector<Tensor> basis, Tensor positions, std::optional<Tensor> residual,
-                std::optional<Tensor> moment, int64_t instruction_set) {
+                double cap, std::vector<int64_t> page_layout, int64_t page_size, int64_t top_k, double top_p,
+                int64_t recent_tokens, int64_t sink_tokens, std::vector<Tensor> basis, Tensor positions,
+                std::optional<Tensor> residual, std::optional<Tensor> moment, int64_t instruction_set) {
   const KernelTable& kernels = kernels_of(instruction_set);
   auto a = selection_args(query, factors, block_table, seq_lens, scale, page_layout, page_size, top_k, top_p,
                           recent_tokens, sink_tokens, residual.has_value());
+  a.logits = logits_of(cap, std::nullopt, a.heads);
   check_head_size(a.head_size, kernels);
   a.positions = contiguous<int32_t>(positions, "positions", 3, ScalarType::Int);
   a.capacity = positions.size(2);
@@ -175,10 +178,12 @@ std::string cpu_page_layout_names() { return kPageLayoutNames; }
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
   m.def(
       "cpu_decode(Tensor query, Tensor host, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, "
-      "int[] page_layout, int top_k, float top_p, int recent_tokens, int sink_tokens, bool with_residual, "
+      "float cap, Tensor? sinks, int[] page_layout, int top_k, float top_p, int recent_tokens, int sink_tokens, bool "
+      "with_residual, "
       "Tensor[] basis, Tensor(a!) output, Tensor(b!) attended, int instruction_set) -> ()");
   m.def(
-      "cpu_select(Tensor query, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, int[] page_layout, "
+      "cpu_select(Tensor query, Tensor factors, Tensor block_table, Tensor seq_lens, float scale, float cap, int[] "
+      "page_layout, "
       "int page_size, int top_k, float top_p, int recent_tokens, int sink_tokens, Tensor[] basis, "
       "Tensor(a!) positions, "
       "Tensor(b!)? residual, Tensor(c!)? moment, int instruction_set) -> ()");

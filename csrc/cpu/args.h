@@ -31,6 +31,12 @@ struct AppendArgs {
   int64_t element_bytes;
 };
 
+// What a layer does to its attention logits beside scaling them.
+struct Logits {
+  float cap;           // each becomes cap tanh(logit / cap); 0: it stays
+  const float* sinks;  // [H], a logit of each head that only the denominator of the softmax has; null: none
+};
+
 struct PrefillArgs {
   const void* query;  // [T, H, d]
   const void* key;    // [T, KV, d]
@@ -44,6 +50,7 @@ struct PrefillArgs {
   int64_t tokens, context_len, heads, kv_heads, head_size, page_size;
   int64_t window;  // tokens that a query attends to, its own included; 0: all up to its own
   float scale;
+  Logits logits;
   DType dtype;
 };
 
@@ -60,6 +67,7 @@ struct WindowArgs {
   int64_t page_size;  // a power of two
   int64_t window;
   float scale;
+  Logits logits;
   DType dtype;
 };
 

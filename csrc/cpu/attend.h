@@ -148,10 +148,11 @@ inline void clear(const Partial& partial, int heads, int64_t head_size) {
 }
 
 // Attends rows(0) ... rows(count - 1), each a key with its value behind it. Rows up to `available` are fetched for
-// whoever comes next. `scores` [G, kChunkRows] and `rescale` [G] are working memory.
+// whoever comes next. `scores` [G, kChunkRows] and `rescale` [G] are working memory. With cap > 0 it is the soft cap of
+// the logits, in units of log 2 as well.
 template <class T, class Rows>
 inline void attend_rows(const float* query, int heads, int64_t head_size, const Rows& rows, int64_t count,
-                        int64_t available, float* scores, float* rescale, const Partial& out) {
+                        int64_t available, float* scores, float* rescale, const Partial& out, float cap = 0.0f) {
   clear(out, heads, head_size);
   const T* keys[2][kChunkRows];
   const T* values[kChunkRows];
@@ -174,6 +175,7 @@ inline void attend_rows(const float* query, int heads, int64_t head_size, const 
     });
     for (int g = 0; g < heads; ++g) {
       float* s = scores + g * kChunkRows;
+      for (int i = 0; cap > 0.0f && i < kChunkRows; i += W) store(s + i, soft_cap(load(s + i), cap));
       for (int i = here; i < kChunkRows; ++i) s[i] = kMasked;
       F top = set(out.m[g]);
       for (int i = 0; i < kChunkRows; i += W) top = max(top, load(s + i));
@@ -196,14 +198,17 @@ inline void attend_rows(const float* query, int heads, int64_t head_size, const 
   to_natural_order<T>(out.acc, heads, head_size);
 }
 
-// Joins `count` partials, head by head, and writes the output of each head.
+// Joins `count` partials, head by head, and writes the output of each head. `sinks` [heads] are as in Logits.
 template <class T>
 inline void merge_partials(const Partial* partials, int64_t count, int heads, int64_t head_size, T* output,
-                           int64_t head_stride, float* total) {
+                           int64_t head_stride, float* total, const float* sinks = nullptr) {
   for (int g = 0; g < heads; ++g) {
-    float m = kMasked;
+    const float sink = sinks ? sinks[g] * kLog2e : kMasked;
+    float m = sink;
     for (int64_t i = 0; i < count; ++i) m = max(m, partials[i].m[g]);
-    float l = 0.0f;
+    alignas(64) float share[W];
+    store(share, exp2(set(sink - m)));
+    float l = sinks ? share[0] : 0.0f;
     std::memset(total, 0, head_size * sizeof(float));
     for (int64_t i = 0; i < count; ++i) {
       if (!(partials[i].l[g] != 0.0f)) continue;

@@ -62,8 +62,9 @@ inline void load_queries(const PrefillArgs& p, const Block& block, PrefillMemory
     float* out = memory.query + q / (2 * W) * (2 * W) * p.head_size + q % (2 * W);
     for (int64_t i = 0; i < p.head_size; ++i) out[i * 2 * W] = values[i];
     memory.last_key[q] = static_cast<float>(token);
-    memory.m[q] = kMasked;
-    memory.l[q] = 0.0f;
+    const float* sinks = p.logits.sinks;
+    memory.m[q] = sinks ? sinks[block.kv_head * group + source % group] * kLog2e : kMasked;
+    memory.l[q] = sinks ? 1.0f : 0.0f;
   }
   std::memset(memory.acc, 0, kBlockQueries * p.head_size * sizeof(float));
 }
@@ -103,12 +104,16 @@ inline void load_tile(const PrefillArgs& p, int64_t kv_head, bool is_context, in
   }
 }
 
-// Exponentials of the tile's scores, in place; updates m, l and rescale. A query sees the key at position + i, counted
+// Exponentials of the tile's scores, in place, after their soft cap if it is above 0; updates m, l and rescale. A query sees the key at position + i, counted
 // from the chunk's first, when that is at most its last_key and, with a window, among the last `window` up to it.
 inline void exponentiate_tile(int count, int padded, int padded_queries, bool is_causal, int64_t window,
-                              int64_t position, PrefillMemory& memory) {
+                              int64_t position, float cap, PrefillMemory& memory) {
   for (int q = 0; q < padded_queries; q += W) {
     float* weights = memory.weights + q;
+    for (int i = 0; cap > 0.0f && i < count; ++i) {
+      float* w = weights + i * kWeightStride;
+      store(w, soft_cap(load(w), cap));
+    }
     if (is_causal) {
       const F last_key = load(memory.last_key + q), masked = set(kMasked);
       for (int i = 0; i < count; ++i) {
@@ -156,7 +161,8 @@ inline void attend_tile(const PrefillArgs& p, const Block& block, bool is_contex
   const bool is_causal = !is_context && position + count > block.first_token + 1;
   const int64_t from_chunk = is_context ? position - p.context_len : position;
   const bool leaves_window = p.window > 0 && from_chunk <= block.first_token + block.tokens - 1 - p.window;
-  exponentiate_tile(count, padded, block.padded_queries, is_causal, leaves_window ? p.window : 0, from_chunk, memory);
+  exponentiate_tile(count, padded, block.padded_queries, is_causal, leaves_window ? p.window : 0, from_chunk,
+                    p.logits.cap * kLog2e, memory);
   const int queries = static_cast<int>(ceil_div(block.queries, kMatmulRows)) * kMatmulRows;
   for (int64_t column = 0; column < d; column += 2 * W) {
     for (int q = 0; q < queries; q += kMatmulRows) {

@@ -44,7 +44,7 @@ inline void attend_window(const WindowArgs& a, const WindowRange& range) {
     const int64_t position = range.first + i;
     return head + pages[position >> shift] * a.rows.page_stride + (position & (a.page_size - 1)) * 2 * d;
   };
-  attend_rows<T>(query, group, d, row, range.rows, range.rows, scores, rescale, range.partial);
+  attend_rows<T>(query, group, d, row, range.rows, range.rows, scores, rescale, range.partial, a.logits.cap * kLog2e);
 }
 
 inline void window_decode(const WindowArgs& a, const Parallel& parallel) {
@@ -86,7 +86,8 @@ inline void window_decode(const WindowArgs& a, const Parallel& parallel) {
       T* out = static_cast<T*>(a.output) + i / a.kv_heads * a.output_request_stride +
                i % a.kv_heads * group * a.output_head_stride;
       merge_partials(partials + first_ranges[i], first_ranges[i + 1] - first_ranges[i], static_cast<int>(group),
-                     a.head_size, out, a.output_head_stride, total);
+                     a.head_size, out, a.output_head_stride, total,
+                     a.logits.sinks ? a.logits.sinks + i % a.kv_heads * group : nullptr);
     };
     const auto is_whole = [&](int64_t i) { return first_ranges[i + 1] - first_ranges[i] == 1; };
     bool are_whole = true;

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, relative_error
 
+from vllm_lrqk.core.logits import PLAIN, Logits
 from vllm_lrqk.core.window_attention import window_attention, window_decode
 from vllm_lrqk.devices import cpu
 
@@ -26,7 +27,9 @@ def make_request(length: int, gone: int, kv_heads: int, head_size: int, dtype: t
     return rows, pages.int()
 
 
-def run_prefill(name: str, tokens: int, context: int, window: int, dtype=torch.float32, head_size=64, group=4):
+def run_prefill(
+    name: str, tokens: int, context: int, window: int, dtype=torch.float32, head_size=64, group=4, logits=PLAIN
+):
     length, kv_heads = tokens + context, 2
     gone = max(0, context - window + 1) // PAGE
     rows, pages = make_request(length, gone, kv_heads, head_size, dtype, tokens)
@@ -35,13 +38,15 @@ def run_prefill(name: str, tokens: int, context: int, window: int, dtype=torch.f
     query = torch.randn(tokens, kv_heads * group, head_size).to(dtype)
     output, scale = torch.full_like(query, torch.nan), head_size**-0.5
     places = pages, context, window, scale
-    cpu.window_prefill(cpu.instruction_sets_from(name), query, own[:, :, 0], own[:, :, 1], rows, *places, output)
+    cpu.window_prefill(
+        cpu.instruction_sets_from(name), query, own[:, :, 0], own[:, :, 1], rows, *places, output, logits
+    )
     expected = torch.empty(query.shape)
-    window_attention(query.float(), rows.float(), *places, expected)
+    window_attention(query.float(), rows.float(), *places, expected, logits)
     assert relative_error(output, expected) < ROUNDING[dtype]
 
 
-def run_decode(name: str, lengths: list[int], window: int, dtype=torch.float32, head_size=64, group=4):
+def run_decode(name: str, lengths: list[int], window: int, dtype=torch.float32, head_size=64, group=4, logits=PLAIN):
     kv_heads, found = 2, []
     for seed, length in enumerate(lengths):
         found.append(make_request(length, max(0, length - window) // PAGE, kv_heads, head_size, dtype, seed))
@@ -52,12 +57,12 @@ def run_decode(name: str, lengths: list[int], window: int, dtype=torch.float32, 
     rows, lens = torch.cat([rows for rows, _ in found]), torch.tensor(lengths).int()
     query = torch.randn(len(lengths), kv_heads * group, head_size).to(dtype)
     output, rest = torch.full_like(query, torch.nan), (window, head_size**-0.5)
-    cpu.window_decode(cpu.instruction_sets_from(name), query, rows, table, lens, *rest, output)
+    cpu.window_decode(cpu.instruction_sets_from(name), query, rows, table, lens, *rest, output, logits)
     expected = torch.empty(query.shape)
-    window_decode(query.float(), rows.float(), table, lens, *rest, expected)
+    window_decode(query.float(), rows.float(), table, lens, *rest, expected, logits)
     assert relative_error(output, expected) < ROUNDING[dtype]
     alone = torch.empty_like(query[-1:])
-    cpu.window_decode(cpu.instruction_sets_from(name), query[-1:], rows, table[-1:], lens[-1:], *rest, alone)
+    cpu.window_decode(cpu.instruction_sets_from(name), query[-1:], rows, table[-1:], lens[-1:], *rest, alone, logits)
     assert torch.equal(alone, output[-1:])
 
 
@@ -77,3 +82,11 @@ class TestWindows:
     def test_shapes(self, name: str, dtype: torch.dtype, head_size: int, group: int) -> None:
         run_prefill(name, 130, 200, 90, dtype, head_size, group)
         run_decode(name, [5, 300], 140, dtype, head_size, group)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("cap", [0.0, 2.0, 50.0])
+    @pytest.mark.parametrize("with_sinks", [False, True])
+    def test_caps_and_sinks(self, name: str, dtype: torch.dtype, cap: float, with_sinks: bool) -> None:
+        logits = Logits(cap, torch.linspace(-3, 6, 8) if with_sinks else None)
+        run_prefill(name, 130, 200, 90, dtype, logits=logits)
+        run_decode(name, [5, 0, 300], 140, dtype, logits=logits)

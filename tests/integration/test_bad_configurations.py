@@ -118,7 +118,10 @@ FLAGS = [
     ({"runner": "pooling"}, ["runner", "pooling", "another attention backend"]),
 ]
 LLAMA_FIELDS = [
-    ({"hf_overrides": {"attn_logit_softcapping": 50.0}}, ["soft cap", "50", "another attention backend"]),
+    (
+        {"hf_overrides": {"attn_logit_softcapping": 50.0}, **other("LOLA", {})[0]},
+        ["soft cap", "50", "another attention backend"],
+    ),
     ({"hf_overrides": {"alibi": True}}, ["ALiBi", "another attention backend"]),
     ({"hf_overrides": {"attention_chunk_size": 512}}, ["chunked local attention", "another attention backend"]),
 ]

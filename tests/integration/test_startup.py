@@ -6,7 +6,9 @@ from startup import start
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lrqk.core.config import ConfigError
-from vllm_lrqk.integration.checks import check_layer, check_model
+from vllm_lrqk.integration.checks import check_layer, check_logits, check_model
+from vllm_lrqk.methods.aqua.method import Aqua
+from vllm_lrqk.methods.lola.method import Lola
 from vllm_lrqk.methods.lrqk.method import LRQK
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
@@ -29,17 +31,15 @@ def test_adaptive_budget_is_refused_off_the_cpu(model):
     [
         ({"alibi_slopes": [0.5]}, "ALiBi"),
         ({"sliding_window": 128}, "128"),
-        ({"logits_soft_cap": 30.0}, "30.0"),
         ({"attn_type": "encoder_only"}, "encoder_only"),
         ({"kv_sharing_target": "model.layers.0"}, "model.layers.0"),
-        ({"extra": {"sinks": object()}}, "sinks"),
+        ({"extra": {"indexer": object()}}, "indexer"),
     ],
 )
 def test_layers_that_cannot_be_served(found, word):
     plain = {
         "alibi_slopes": None,
         "sliding_window": None,
-        "logits_soft_cap": None,
         "attn_type": "decoder",
         "kv_sharing_target": None,
         "extra": {},
@@ -47,6 +47,23 @@ def test_layers_that_cannot_be_served(found, word):
     check_layer("LRQK", **plain)
     with pytest.raises(ConfigError, match=word):
         check_layer("LRQK", **(plain | found))
+
+
+@pytest.mark.parametrize(
+    ("method", "device", "word"), [(Aqua, "cpu", "AQUA"), (Lola, "cpu", "LOLA"), (LRQK, "cuda", "LRQK")]
+)
+def test_caps_and_sinks_are_refused_where_they_are_not_served(method, device, word):
+    settings = method.settings_type()
+    check_logits(method(settings, device), None, None)
+    for logits, what in (((30.0, None), "a soft cap of 30.0"), ((None, object()), "learned sinks")):
+        with pytest.raises(ConfigError, match=rf"^{word} does not support {what}.*another attention backend\.$"):
+            check_logits(method(settings, device), *logits)
+
+
+def test_layers_with_caps_or_sinks_are_not_captured():
+    check_logits(LRQK(LRQKSettings(), "cpu"), 30.0, object())
+    with pytest.raises(ConfigError, match=r"^lrqk\.capture is 'folder', but .* leave it out\.$"):
+        check_logits(LRQK(LRQKSettings(capture="folder"), "cpu"), 30.0, None)
 
 
 def test_the_page_size_becomes_the_block_size(model):

@@ -89,6 +89,72 @@ def tiny_gemma3(folder: Path, window: int = 48, full: tuple[int, ...] = (1, 4)) 
     return path
 
 
+def tiny_gemma2(folder: Path, window: int = 48) -> Path:
+    """A random Gemma 2 of four layers, every other one with a window, whose soft cap bends most attention logits."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    path = folder / f"gemma2-{window}"
+    if path.exists():
+        return path
+    torch.manual_seed(0)
+    config = _tiny_windows(window, 4) | {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 5.0}
+    model = Gemma2ForCausalLM(Gemma2Config(**config))
+    _draw(model, {"q_proj": 3.0, "k_proj": 3.0, "embed_tokens": 1.0})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "post_attention" in name:
+                parameter.fill_(15.0)  # as of `tiny_gemma3`
+    model.save_pretrained(path)
+    return path
+
+
+def tiny_gpt_oss(folder: Path, window: int = 48) -> Path:
+    """A random gpt-oss of four layers, every other one with a window, with sinks of much weight."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    path = folder / f"gpt-oss-{window}"
+    if path.exists():
+        return path
+    torch.manual_seed(0)
+    config = _tiny_windows(window, 4) | {"num_local_experts": 2, "num_experts_per_tok": 1, "rope_scaling": None}
+    model = GptOssForCausalLM(GptOssConfig(**config, tie_word_embeddings=False))
+    _draw(model, {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 4.0, "lm_head": 4.0})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_(4.0, 1.0)
+            elif "experts" in name or name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(path)
+    return path
+
+
+def _tiny_windows(window: int, layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "sliding_window": window,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "max_position_embeddings": 65536,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+
+
+def _draw(model: Any, gains: dict[str, float]) -> None:
+    """Random matrices; gains as in `tiny_llama`, by the last part of a name."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, gains.get(name.split(".")[-2], 1.0) / parameter.shape[-1] ** 0.5)
+
+
 @contextmanager
 def engine(
     model: Path, values: dict[str, Any] | None = None, method: str = "LRQK", has_windows: bool = False, **settings: Any

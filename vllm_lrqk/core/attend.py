@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_lrqk.core.logits import PLAIN, Logits
 from vllm_lrqk.core.selection import Selection
 
 
@@ -30,6 +31,7 @@ def attend(
     selection: Selection,
     residual_values: torch.Tensor | None,
     scale: float,
+    logits: Logits = PLAIN,
 ) -> torch.Tensor:
     """One decode step's attention output.
 
@@ -37,7 +39,8 @@ def attend(
 
         out = (sum_{n in S} e^{s_n} v_n + sum_p R_p u_p) / (sum_{n in S} e^{s_n} + sum_p R_p)
 
-    where u_p, the page's row of `residual_values`, stands for the mean value of the tokens which R_p sums over.
+    where u_p, the page's row of `residual_values`, stands for the mean value of the tokens which R_p sums over. The
+    sink of a head adds its exponential to the denominator.
 
     Args:
         query: [B, H, d].
@@ -51,12 +54,15 @@ def attend(
     grouped = query.float().unflatten(1, (kv_heads, -1)) * scale
     key, value = rows_kv[..., 0, :].float(), rows_kv[..., 1, :].float()
     is_row = (selection.positions >= 0)[:, :, None, :, None]
-    scores = (grouped @ key.mT).masked_fill(~is_row[..., 0], -torch.inf)  # [B, KV, G, R]
+    scores = logits.capped(grouped @ key.mT).masked_fill(~is_row[..., 0], -torch.inf)  # [B, KV, G, R]
     value = value.masked_fill(~is_row[:, :, 0], 0.0)
+    rows, terms = scores.shape[-1], [scores]
+    if logits.sinks is not None:
+        terms.append(logits.sinks.view(1, kv_heads, -1, 1).expand(len(query), -1, -1, 1))
     if selection.residual is None or residual_values is None:
-        return (scores.softmax(-1) @ value).flatten(1, 2)
+        return (torch.cat(terms, -1).softmax(-1)[..., :rows] @ value).flatten(1, 2)
     residual = selection.residual.unflatten(1, (kv_heads, -1))  # [B, KV, G, P]
     num_pages = residual.shape[-1]
-    weight = torch.cat([scores, residual], -1).softmax(-1)
-    of_rows = weight[..., :-num_pages] @ value
+    weight = torch.cat([*terms, residual], -1).softmax(-1)
+    of_rows = weight[..., :rows] @ value
     return (of_rows + (weight[..., None, -num_pages:] @ residual_values)[..., 0, :]).flatten(1, 2)

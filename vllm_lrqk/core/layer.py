@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vllm_lrqk.core.logits import PLAIN, Logits
 from vllm_lrqk.core.step import FilledPages, PrefillChunk, Step
 
 
@@ -72,6 +73,8 @@ class Layer(ABC):
     that each request owns; None where the method asks for none.
     """
 
+    logits: Logits = PLAIN
+    """Given before the first step, to layers of methods that serve other than plain ones."""
     kernels_name = "torch"
     """Of what computes, for the log."""
     kernels_hint = ""

@@ -75,6 +75,8 @@ class Method(ABC):
     """Whether layers with a sliding window may stand beside its own, which are served exactly."""
     serves_drafts: ClassVar[bool] = False
     """Whether tokens that were drafted and rejected leave nothing behind: what a step stores is written over."""
+    serves_caps_and_sinks: ClassVar[bool] = False
+    """Whether its layers follow `Layer.logits`: soft caps and learned sinks."""
     tallies: ClassVar[tuple[str, ...]] = ()
     """Names of what its kernels count on the device."""
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from vllm_lrqk.core.logits import PLAIN, Logits
+
 TILE_TOKENS = 512
 
 
@@ -13,6 +15,7 @@ def window_attention(
     window: int,
     scale: float,
     output: torch.Tensor,
+    logits: Logits = PLAIN,
 ) -> None:
     """Attend the last tokens of a request, whose own keys and values are in the pages already.
 
@@ -33,10 +36,18 @@ def window_attention(
         age = position[:, None] - (begin * page_size + torch.arange(found.shape[1], device=query.device))
         is_seen = (age >= 0) & (age < window)
         grouped = tile.float().transpose(0, 1).unflatten(0, (kv_heads, -1)) * scale  # [KV, G, T, d]
-        scores = grouped @ found[:, None, :, 0].float().mT
-        weight = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+        scores = logits.capped(grouped @ found[:, None, :, 0].float().mT).masked_fill(~is_seen, -torch.inf)
+        attended = torch.cat([scores, *_sinks_of(scores, logits)], -1)
+        weight = attended.softmax(-1)[..., : scores.shape[-1]]
         value = found[:, None, :, 1].float().masked_fill(~is_seen.any(0)[:, None], 0.0)  # may never have been written
         output[start : start + len(tile)] = (weight @ value).flatten(0, 1).transpose(0, 1)
+
+
+def _sinks_of(scores: torch.Tensor, logits: Logits) -> list[torch.Tensor]:
+    """The sinks as one more column of scores [KV, G, T, length], if there are any."""
+    if logits.sinks is None:
+        return []
+    return [logits.sinks.view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)]
 
 
 def window_decode(
@@ -47,6 +58,7 @@ def window_decode(
     window: int,
     scale: float,
     output: torch.Tensor,
+    logits: Logits = PLAIN,
 ) -> None:
     """Attend one token of each of B requests.
 
@@ -61,4 +73,4 @@ def window_decode(
         if length == 0:
             output[of] = 0
             continue
-        window_attention(query[of], rows, block_table[row], length - 1, window, scale, output[of])
+        window_attention(query[of], rows, block_table[row], length - 1, window, scale, output[of], logits)

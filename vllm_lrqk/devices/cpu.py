@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from vllm_lrqk.core import host_pages, prefill, window_attention
+from vllm_lrqk.core.logits import PLAIN, Logits
 
 logger = logging.getLogger("vllm.lrqk")  # below vLLM's own, whose level and handlers hold for it
 LIBRARY = Path(__file__).parents[1] / "_cpu_kernels.so"
@@ -100,13 +101,17 @@ def prefill_attention(
     context_len: int,
     scale: float,
     output: torch.Tensor,
+    logits: Logits = PLAIN,
 ) -> None:
     """As `prefill.prefill_attention`."""
     index = pick(names, query.shape[-1])
     dtypes = {query.dtype, key.dtype, value.dtype, host.dtype, output.dtype}
-    if index is None or len(dtypes) > 1 or query.dtype not in DTYPES or _has_matrix_units(query.dtype):
-        return prefill.prefill_attention(query, key, value, host, pages, context_len, scale, output)
-    return torch.ops.vllm_lrqk.cpu_prefill(query, key, value, host, int32(pages), context_len, 0, scale, output, index)
+    is_torch_faster = not logits.cap and _has_matrix_units(query.dtype)
+    if index is None or len(dtypes) > 1 or query.dtype not in DTYPES or is_torch_faster:
+        return prefill.prefill_attention(query, key, value, host, pages, context_len, scale, output, logits)
+    inputs = query, key, value, host, int32(pages)
+    rest = logits.cap, logits.sinks, output, index
+    return torch.ops.vllm_lrqk.cpu_prefill(*inputs, context_len, 0, scale, *rest)
 
 
 def window_prefill(
@@ -120,14 +125,15 @@ def window_prefill(
     window: int,
     scale: float,
     output: torch.Tensor,
+    logits: Logits = PLAIN,
 ) -> None:
     """As `window_attention.window_attention`, with the tokens' own keys and values [T, KV, d] beside the pages."""
     index = pick(names, query.shape[-1])
     dtypes = {query.dtype, key.dtype, value.dtype, rows.dtype, output.dtype}
     if index is None or len(dtypes) > 1 or query.dtype not in DTYPES:
-        return window_attention.window_attention(query, rows, pages, context_len, window, scale, output)
+        return window_attention.window_attention(query, rows, pages, context_len, window, scale, output, logits)
     inputs = query, key, value, rows, int32(pages)
-    return torch.ops.vllm_lrqk.cpu_prefill(*inputs, context_len, window, scale, output, index)
+    return torch.ops.vllm_lrqk.cpu_prefill(*inputs, context_len, window, scale, logits.cap, logits.sinks, output, index)
 
 
 def window_decode(
@@ -139,13 +145,14 @@ def window_decode(
     window: int,
     scale: float,
     output: torch.Tensor,
+    logits: Logits = PLAIN,
 ) -> None:
     """As `window_attention.window_decode`."""
     index = pick(names, query.shape[-1])
     if index is None or query.dtype not in DTYPES or not query.dtype == rows.dtype == output.dtype:
-        return window_attention.window_decode(query, rows, block_table, seq_lens, window, scale, output)
+        return window_attention.window_decode(query, rows, block_table, seq_lens, window, scale, output, logits)
     inputs = query, rows, int32(block_table), int32(seq_lens)
-    return torch.ops.vllm_lrqk.cpu_window_decode(*inputs, window, scale, output, index)
+    return torch.ops.vllm_lrqk.cpu_window_decode(*inputs, window, scale, logits.cap, logits.sinks, output, index)
 
 
 @cache

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vllm_lrqk.core.logits import PLAIN, Logits
 from vllm_lrqk.core.prefill import TILE_TOKENS, merge
 from vllm_lrqk.core.step import PromptRun
 from vllm_lrqk.devices.cuda_library import stream_handle
@@ -120,6 +121,7 @@ def prefill_attention(
     context_len: int,
     scale: float,
     output: torch.Tensor,
+    logits: Logits = PLAIN,
     attention: Attention | None = None,
 ) -> None:
     """As `vllm_lrqk.core.prefill.prefill_attention`, with tensors on the device and pinned host pages.
@@ -130,6 +132,7 @@ def prefill_attention(
         host: [num_pages, KV, N, 2, d], memory that the device can read.
         pages: int [P], the request's pages in order.
     """
+    assert logits.is_plain, "refused at start-up"
     attention = attention or default_attention()
     tokens, heads, _ = query.shape
     page_size, kv_heads = host.shape[2], host.shape[1]

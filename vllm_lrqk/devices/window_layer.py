@@ -4,6 +4,7 @@ import torch
 
 from vllm_lrqk.core import host_pages
 from vllm_lrqk.core.layer import LayerShape
+from vllm_lrqk.core.logits import PLAIN, Logits
 from vllm_lrqk.core.step import Step
 from vllm_lrqk.devices import cpu
 
@@ -15,6 +16,9 @@ class WindowLayer:
         window: tokens that a query attends to, its own included.
         names: of instruction sets, as `cpu.instruction_sets`; none: the plain torch forms.
     """
+
+    logits: Logits = PLAIN
+    """As of `Layer`."""
 
     def __init__(self, shape: LayerShape, window: int, names: tuple[str, ...]) -> None:
         self.shape, self.window, self.names = shape, window, names
@@ -43,9 +47,10 @@ class WindowLayer:
             host_pages.append_rows(key, value, rows, step.slot_mapping)
         for chunk in step.prefill:
             of, place = chunk.tokens, (chunk.pages, chunk.context_len, self.window)
-            cpu.window_prefill(names, query[of], key[of], value[of], rows, *place, scale, output[of])
+            cpu.window_prefill(names, query[of], key[of], value[of], rows, *place, scale, output[of], self.logits)
         if step.num_decodes:
             (part,) = step.decoding(one_per_request=False)
             of, answer = part.tokens, torch.empty_like(output[part.tokens])
-            cpu.window_decode(names, query[of], rows, part.block_table, part.seq_lens, self.window, scale, answer)
+            requests = part.block_table, part.seq_lens
+            cpu.window_decode(names, query[of], rows, *requests, self.window, scale, answer, self.logits)
             output[of] = answer

@@ -20,6 +20,10 @@ class BackendBase(AttentionBackend):
         return (KVCacheLayout.BLHNC,)
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True  # layers refuse them where their method does not serve them
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 

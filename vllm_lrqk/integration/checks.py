@@ -37,7 +37,7 @@ def check_model(vllm_config: Any, chosen: Method) -> None:
     if getattr(text, "attention_chunk_size", None):
         raise ConfigError(f"{method} does not support chunked local attention, which {name} uses: {other}")
     soft_cap = getattr(text, "attn_logit_softcapping", None)
-    if soft_cap:
+    if soft_cap and not _serves_caps_and_sinks(chosen):
         raise ConfigError(f"{method} does not support a soft cap on attention logits ({name}: {soft_cap}): {other}")
     _check_kv_dtype(vllm_config, method)
     if chosen.settings.capture is not None:
@@ -183,7 +183,6 @@ def check_layer(
     method: str,
     alibi_slopes: Any,
     sliding_window: Any,
-    logits_soft_cap: Any,
     attn_type: str,
     kv_sharing_target: Any,
     extra: dict,
@@ -196,11 +195,35 @@ def check_layer(
     found = {
         "ALiBi slopes": alibi_slopes is not None,
         f"a sliding window of {sliding_window} tokens": sliding_window is not None,
-        f"a soft cap of {logits_soft_cap} on attention logits": bool(logits_soft_cap),
         f"attention of type {attn_type!r}": attn_type != "decoder",
         f"keys shared with {kv_sharing_target}": kv_sharing_target is not None,
         **{f"the attention feature {key!r}": value is not None for key, value in extra.items()},
     }
+    _refuse_what_is(found, method)
+
+
+def check_logits(method: Method, soft_cap: float | None, sinks: Any) -> None:
+    """Refuse what a layer does to its logits where the method does not serve it.
+
+    Raises:
+        ConfigError: the first thing found that cannot be served.
+    """
+    if not _serves_caps_and_sinks(method):
+        found = {f"a soft cap of {soft_cap} on attention logits": bool(soft_cap), "learned sinks": sinks is not None}
+        _refuse_what_is(found, method.name)
+    settings = method.settings
+    if settings.capture is not None and (soft_cap or sinks is not None):
+        raise ConfigError(
+            f"{settings.key}.capture is {settings.capture!r}, but soft caps and learned sinks of a layer are not "
+            "captured: leave it out."
+        )
+
+
+def _serves_caps_and_sinks(method: Method) -> bool:
+    return method.serves_caps_and_sinks and method.device_type == "cpu"
+
+
+def _refuse_what_is(found: dict[str, bool], method: str) -> None:
     for what, present in found.items():
         if present:
             raise ConfigError(

@@ -9,9 +9,10 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_lrqk.core.capture import LayerCapture
 from vllm_lrqk.core.layer import Layer, LayerPlace, LayerShape
+from vllm_lrqk.core.logits import Logits
 from vllm_lrqk.core.step import Step
 from vllm_lrqk.integration import compat
-from vllm_lrqk.integration.checks import check_layer
+from vllm_lrqk.integration.checks import check_layer, check_logits
 from vllm_lrqk.integration.metrics import Series
 from vllm_lrqk.integration.request_blocks import CompanionLayer
 from vllm_lrqk.integration.settings import current_device, engine_of, kv_dtype
@@ -33,12 +34,15 @@ class MethodImpl(AttentionImpl):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> None:
         self._vllm_config = get_current_vllm_config()
         self._engine = engine_of(self._vllm_config)
-        unsupported = (alibi_slopes, sliding_window, logits_soft_cap, attn_type, kv_sharing_target_layer_name)
+        check_logits(self._engine.method, logits_soft_cap, sinks)
+        unsupported = (alibi_slopes, sliding_window, attn_type, kv_sharing_target_layer_name)
         check_layer(self._engine.method.name, *unsupported, extra)
+        self._soft_cap, self._sinks = logits_soft_cap, sinks
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
@@ -58,8 +62,11 @@ class MethodImpl(AttentionImpl):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Add the companion layer, if requests own blocks beside pages, before vLLM asks the layers for their specs.
 
-        vLLM calls it again when weights are reloaded, which changes nothing here.
+        vLLM calls it again when weights are reloaded, which changes nothing here but sinks.
         """
+        self._logits = logits_of(self._soft_cap, self._sinks)
+        if self.layer is not None:
+            self.layer.logits = self._logits
         if self._is_prepared:
             return
         self._is_prepared = True
@@ -77,6 +84,7 @@ class MethodImpl(AttentionImpl):
                 self.layer = self.worker.create_layer(
                     self.shape, self._place(own_name), bound[own_name], companion, self.workspace
                 )
+                self.layer.logits = self._logits
                 self.capture = self.worker.create_capture(own_name, self.shape)
                 bound.clear()  # vLLM binds once for profiling and once for good
 
@@ -141,6 +149,11 @@ class MethodImpl(AttentionImpl):
             self.capture.write(*rows, step)
         self.layer.forward(*rows, step, blocks, output[:count])
         return output
+
+
+def logits_of(soft_cap: float | None, sinks: torch.Tensor | None) -> Logits:
+    """What a layer does to its logits, once its weights are loaded."""
+    return Logits(soft_cap or 0.0, None if sinks is None else sinks.detach().float().contiguous())
 
 
 @cache

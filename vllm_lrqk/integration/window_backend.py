@@ -22,7 +22,8 @@ from vllm_lrqk.core.windows import WindowPlan
 from vllm_lrqk.devices import cpu
 from vllm_lrqk.devices.window_layer import WindowLayer
 from vllm_lrqk.integration.backend_base import BackendBase, cudagraph_support, prefilling
-from vllm_lrqk.integration.checks import check_layer
+from vllm_lrqk.integration.checks import check_layer, check_logits
+from vllm_lrqk.integration.impl import logits_of
 from vllm_lrqk.integration.settings import Engine, engine_of, kv_dtype
 from vllm_lrqk.integration.window_blocks import WindowSpec, window_spec
 
@@ -97,12 +98,14 @@ class WindowImpl(AttentionImpl):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> None:
         self._vllm_config = get_current_vllm_config()
         self._engine = engine_of(self._vllm_config)
-        unsupported = (alibi_slopes, None, logits_soft_cap, attn_type, kv_sharing_target_layer_name)
-        check_layer(self._engine.method.name, *unsupported, extra)
+        check_logits(self._engine.method, logits_soft_cap, sinks)
+        check_layer(self._engine.method.name, alibi_slopes, None, attn_type, kv_sharing_target_layer_name, extra)
+        self._soft_cap, self._sinks = logits_soft_cap, sinks
         assert sliding_window is not None
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
@@ -115,6 +118,7 @@ class WindowImpl(AttentionImpl):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Tell the layer's backend of the engine before vLLM asks it for its spec."""
+        self.layer.logits = logits_of(self._soft_cap, self._sinks)
         layers = self._vllm_config.compilation_config.static_forward_context.values()
         own = next(layer for layer in layers if getattr(layer, "impl", None) is self)
         own.attn_backend = WindowBackend.bound_to(self._engine, self.layer.shape.torch_dtype)

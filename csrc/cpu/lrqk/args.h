@@ -45,6 +45,7 @@ struct DecodeArgs {
   bool with_moments;  // the residual has linear values
   float top_p;
   float scale;
+  Logits logits;  // sinks do not change what is selected
   DType dtype;
 };
 

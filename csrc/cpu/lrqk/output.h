@@ -32,7 +32,7 @@ inline void attend_part(const DecodeArgs& a, const ScoredItem<Scorer>& item, int
              (position & (a.page_size - 1)) * 2 * a.head_size;
     };
     attend_rows<T>(item.query, group_of(a), a.head_size, row, min(kPartRows, available), available, scores, rescale,
-                   out);
+                   out, a.logits.cap * kLog2e);
   });
 }
 
@@ -43,7 +43,7 @@ inline void write_output(const DecodeArgs& a, const Item& item) {
     T* out = static_cast<T*>(a.output) + item.request * a.output_request_stride +
              item.kv_head * group_of(a) * a.output_head_stride;
     merge_partials(item.partials, item.row_parts + item.page_parts, group_of(a), a.head_size, out, a.output_head_stride,
-                   total);
+                   total, a.logits.sinks ? a.logits.sinks + item.kv_head * group_of(a) : nullptr);
   });
 }
 

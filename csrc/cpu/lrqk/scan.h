@@ -42,15 +42,21 @@ struct RunningSoftmax {
 };
 
 // 2^(score - reference) of V vectors of tokens for B heads, in bfloat16 and two heads to a word, to [V, pairs, W]; adds
-// them to the heads' totals. On an edge, `valid` holds 1 for candidates and 0 for others.
+// them to the heads' totals. On an edge, `valid` holds 1 for candidates and 0 for others. `cap` > 0 is the soft cap of
+// the scores, in their units.
 template <class Scorer, class Kind, int B, int V, bool kIsEdge>
 inline void weigh_vectors(const typename Scorer::Page& page, int pairs, int g0, int64_t page_size, int64_t n,
-                          const F* offset, const float* valid, Fetcher& fetcher, uint32_t* weights, F* total) {
+                          const F* offset, const float* valid, float cap, Fetcher& fetcher, uint32_t* weights,
+                          F* total) {
   F scores[V][B];
   Scorer::template score<Kind, B, V>(page, g0, page_size, n, offset, fetcher, scores);
   LRQK_UNROLL
   for (int v = 0; v < V; ++v) {
     F weight[B];
+    LRQK_UNROLL
+    for (int g = 0; cap > 0.0f && g < B; ++g) {
+      scores[v][g] = add(soft_cap(sub(scores[v][g], offset[g]), cap), offset[g]);
+    }
     LRQK_UNROLL
     for (int g = 0; g < B; ++g) {
       weight[g] = round_to_bf16(exp2_rough(scores[v][g]));
@@ -66,7 +72,7 @@ inline void weigh_vectors(const typename Scorer::Page& page, int pairs, int g0, 
 
 template <class Scorer, class Kind, int B, bool kIsEdge>
 inline void weigh_page(const typename Scorer::Page& page, int pairs, int g0, int64_t page_size, const float* reference,
-                       const float* valid, Fetcher& fetcher, uint32_t* weights, float* totals) {
+                       const float* valid, float cap, Fetcher& fetcher, uint32_t* weights, float* totals) {
   constexpr int V = Scorer::kVectors;
   F offset[B], total[B];
   for (int g = 0; g < B; ++g) {
@@ -76,18 +82,19 @@ inline void weigh_page(const typename Scorer::Page& page, int pairs, int g0, int
   weights += g0 / 2 * W;
   int64_t n = 0;
   for (; n + V * W <= page_size; n += V * W) {
-    weigh_vectors<Scorer, Kind, B, V, kIsEdge>(page, pairs, g0, page_size, n, offset, valid, fetcher,
+    weigh_vectors<Scorer, Kind, B, V, kIsEdge>(page, pairs, g0, page_size, n, offset, valid, cap, fetcher,
                                                weights + n * pairs, total);
   }
   for (; n < page_size; n += W) {
-    weigh_vectors<Scorer, Kind, B, 1, kIsEdge>(page, pairs, g0, page_size, n, offset, valid, fetcher,
+    weigh_vectors<Scorer, Kind, B, 1, kIsEdge>(page, pairs, g0, page_size, n, offset, valid, cap, fetcher,
                                                weights + n * pairs, total);
   }
   for (int g = 0; g < B; ++g) totals[g] = reduce_sum(total[g]);
 }
 
 template <class Scorer, class Kind, int B>
-inline void highest_scores(const typename Scorer::Page& page, int g0, int64_t page_size, const float* valid, float* m) {
+inline void highest_scores(const typename Scorer::Page& page, int g0, int64_t page_size, const float* valid, float cap,
+                           float* m) {
   F top[B], scores[1][B], offset[B];
   Fetcher idle(nullptr, 0);
   for (int g = 0; g < B; ++g) {
@@ -97,6 +104,7 @@ inline void highest_scores(const typename Scorer::Page& page, int g0, int64_t pa
   for (int64_t n = 0; n < page_size; n += W) {
     Scorer::template score<Kind, B, 1>(page, g0, page_size, n, offset, idle, scores);
     for (int g = 0; g < B; ++g) {
+      if (cap > 0.0f) scores[0][g] = soft_cap(scores[0][g], cap);
       const F score = valid ? if_then_else(ge(load(valid + n), set(0.5f)), scores[0][g], set(kMasked)) : scores[0][g];
       top[g] = max(top[g], score);
     }
@@ -122,18 +130,19 @@ inline void scan_page(const DecodeArgs& a, ScoredItem<Scorer>& item, int64_t p, 
   alignas(64) float reference[kMaxGroup], totals[kMaxGroup];
   for (int g = 0; g < group; ++g) reference[g] = running.log_sum(g);
   uint32_t* weights = item.weights + p * n * item.pairs;
+  const float cap = a.logits.cap * kLog2e;
   // A score far above all before it would overflow; then the page's own maximum is the reference.
   bool is_good = !running.is_empty();
   while (true) {
     if (!is_good) {
       for_head_blocks(group, [&](auto block, int g) {
-        highest_scores<Scorer, Kind, decltype(block)::value>(page, g, n, is_edge ? valid : nullptr, reference + g);
+        highest_scores<Scorer, Kind, decltype(block)::value>(page, g, n, is_edge ? valid : nullptr, cap, reference + g);
       });
     }
     for_head_blocks(group, [&](auto block, int g) {
       constexpr int B = decltype(block)::value;
       const auto run = is_edge ? weigh_page<Scorer, Kind, B, true> : weigh_page<Scorer, Kind, B, false>;
-      run(page, item.pairs, g, n, reference + g, valid, fetcher, weights, totals + g);
+      run(page, item.pairs, g, n, reference + g, valid, cap, fetcher, weights, totals + g);
     });
     if (!is_good) break;
     for (int g = 0; g < group; ++g) is_good = is_good && totals[g] < 0x1p100f;

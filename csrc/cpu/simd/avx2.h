@@ -29,6 +29,7 @@ inline F set(float x) { return _mm256_set1_ps(x); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm256_div_ps(a, b); }
 inline F max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F abs(F a) { return _mm256_andnot_ps(set(-0.0f), a); }
 inline F mul_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }

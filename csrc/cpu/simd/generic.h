@@ -6,7 +6,7 @@
 //   F, I, M            W floats; W int32 or 2 W int16; one truth value per lane of F
 //   kMatmulRows        rows of a register tile that is 2 W wide
 //   DenormalsOff       for its scope: denormals cost a microcode assist each, and weights below 1e-38 mean nothing here
-//   zero set           every lane alike                      add sub mul max abs
+//   zero set           every lane alike                      add sub mul div max abs
 //   mul_add(a, b, c)   a b + c                               reduce_sum reduce_max   over the lanes
 //   reduce_sum_each(a) lane i is the sum of all lanes of a[i], for W vectors of F or of I
 //   load store         W elements of float or fp16 (here: bf16), as floats
@@ -164,6 +164,23 @@ inline F exp2_rough(F a) {
   const Power power(a);
   return power.times(polynomial(power.fraction, Power::kFloors ? kOnUnit : kAroundZero));
 }
+
+// Hyperbolic tangent to a few units in the last place: the minimax quotient of Eigen's float kernel.
+inline F tanh(F a) {
+  constexpr float kLargest = 7.90531110763549805f;  // from where on the quotient is 1
+  constexpr float kOdd[] = {-2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f,
+                            5.12229709037114e-08f,  1.48572235717979e-05f, 6.37261928875436e-04f,
+                            4.89352455891786e-03f};
+  constexpr float kEven[] = {1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f,
+                             4.89352518554385e-03f};
+  a = max(a, set(-kLargest));
+  a = if_then_else(ge(a, set(kLargest)), set(kLargest), a);
+  const F square = mul(a, a);
+  return div(mul(a, polynomial(square, kOdd)), polynomial(square, kEven));
+}
+
+// cap tanh(a / cap).
+inline F soft_cap(F a, float cap) { return mul(tanh(mul(a, set(1.0f / cap))), set(cap)); }
 
 }  // namespace LRQK_ISA
 }  // namespace lrqk

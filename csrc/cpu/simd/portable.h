@@ -106,6 +106,7 @@ inline F set(float x) { return F{x, x, x, x}; }
 inline F add(F a, F b) { return a + b; }
 inline F sub(F a, F b) { return a - b; }
 inline F mul(F a, F b) { return a * b; }
+inline F div(F a, F b) { return a / b; }
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F abs(F a) { return from_bits(to_bits(a) & set_int(0x7fffffff)); }
 inline F mul_add(F a, F b, F c) { return a * b + c; }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cpu_kernel_cases import DTYPES, INSTRUCTION_SETS, Layer, make_layer, relative_error
 
+from vllm_lrqk.core.logits import PLAIN, Logits
 from vllm_lrqk.core.selection import candidate_range
 from vllm_lrqk.methods.lrqk.dispatch import force_kernels, host_kernels
 from vllm_lrqk.methods.lrqk.score import proxy_scores
@@ -22,16 +23,16 @@ SCORE_ERROR = 6e-3
 RESIDUAL_ERROR = 1e-3
 
 
-def run_decode(name: str, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+def run_decode(name: str, layer: Layer, logits: Logits = PLAIN) -> tuple[torch.Tensor, torch.Tensor]:
     output = torch.full_like(layer.query, torch.nan)
     with force_kernels(name) as kernels:
-        attended = kernels.decode_attention(*layer.decode_arguments(), output)
+        attended = kernels.decode_attention(*layer.decode_arguments(), output, logits)
     return output, attended
 
 
-def check_decode(name: str, layer: Layer) -> None:
-    expected, expected_rows = run_decode("torch", layer)
-    output, attended = run_decode(name, layer)
+def check_decode(name: str, layer: Layer, logits: Logits = PLAIN) -> None:
+    expected, expected_rows = run_decode("torch", layer, logits)
+    output, attended = run_decode(name, layer, logits)
     assert torch.equal(attended, expected_rows)
     assert not output.isnan().any()
     assert relative_error(output, expected) < ROUNDING[layer.query.dtype] + RESIDUAL_ERROR
@@ -180,6 +181,25 @@ class TestAgainstTorch:
         layer.query[:] = 0
         layer.query[0, 0, 0] = 8.0  # with a scale of 1/8: scores of 40 and 0
         check_selection(name, layer)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("top_k", "cap"), [(5000, 1.0), (5000, 50.0), (128, 50.0), (5000, 0.0), (128, 0.0)])
+    @pytest.mark.parametrize("with_sinks", [False, True])
+    def test_caps_and_sinks(self, name: str, dtype: torch.dtype, top_k: int, cap: float, with_sinks: bool) -> None:
+        """Where tokens are selected, under a cap that leaves their weights apart."""
+        layer = make_layer([1, 700, 63, 2000], LRQKSettings(page_size=64, top_k=top_k), dtype)
+        sinks = torch.linspace(-3, 6, layer.query.shape[1]) if with_sinks else None
+        check_decode(name, layer, Logits(cap, sinks))
+
+    def test_residual_behind_a_cap(self, name: str) -> None:
+        layer = make_layer([2000], LRQKSettings(page_size=64, top_k=1))
+        expected = torch_kernels().select(*layer.select_arguments(), Logits(2.0))
+        with force_kernels(name) as kernels:
+            actual = kernels.select(*layer.select_arguments(), Logits(2.0))
+        # One token more or less of a page of 64, whose weights lie within e^4 of each other: SCORE_ERROR and its share.
+        assert (actual.residual - expected.residual).abs().median() < SCORE_ERROR
+        plain = torch_kernels().select(*layer.select_arguments())
+        assert (plain.residual - expected.residual).abs().median() > 10 * SCORE_ERROR
 
     def test_equal_weights_choose_top_k(self, name: str) -> None:
         layer = make_layer([1000], LRQKSettings(page_size=32, top_k=77))

@@ -51,7 +51,8 @@ class CalibratedLayer(LRQKLayer):
         request_blocks: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        self.kernels.prefill_attention(query, key, value, self.host, chunk.pages, chunk.context_len, self.scale, output)
+        place = self.host, chunk.pages, chunk.context_len, self.scale
+        self.kernels.prefill_attention(query, key, value, *place, output, self.logits)
         numbers = torch.tensor(chunk.filled, dtype=torch.int64)
         if len(numbers):
             self._seal_numbered(chunk.pages[numbers].long(), numbers)

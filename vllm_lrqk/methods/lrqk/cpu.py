@@ -4,6 +4,7 @@ from functools import cache, partial
 
 import torch
 
+from vllm_lrqk.core.logits import PLAIN, Logits
 from vllm_lrqk.core.selection import Selection, candidate_range
 from vllm_lrqk.devices import cpu
 from vllm_lrqk.methods.lrqk import torch_ops
@@ -103,10 +104,11 @@ def _decode_attention(
     scale: float,
     config: LRQKSettings,
     output: torch.Tensor,
+    logits: Logits = PLAIN,
 ) -> torch.Tensor:
     index = cpu.pick(names, query.shape[-1])
     if index is None or query.dtype not in cpu.DTYPES or not query.dtype == host.dtype == output.dtype:
-        return torch_ops.decode_attention(query, host, factors, block_table, seq_lens, scale, config, output)
+        return torch_ops.decode_attention(query, host, factors, block_table, seq_lens, scale, config, output, logits)
     attended = torch.empty(len(query), dtype=torch.int64)
     torch.ops.vllm_lrqk.cpu_decode(
         query,
@@ -115,6 +117,8 @@ def _decode_attention(
         cpu.int32(block_table),
         cpu.int32(seq_lens),
         scale,
+        logits.cap,
+        logits.sinks,
         _page_layout(factors.format),
         config.top_k,
         config.top_p,
@@ -137,10 +141,11 @@ def _select(
     seq_lens: torch.Tensor,
     scale: float,
     config: LRQKSettings,
+    logits: Logits = PLAIN,
 ) -> Selection:
     index = cpu.pick(names, query.shape[-1])
     if index is None or query.dtype not in cpu.DTYPES:
-        return torch_ops.select(query, factors, block_table, seq_lens, scale, config)
+        return torch_ops.select(query, factors, block_table, seq_lens, scale, config, logits)
     n = config.page_size
     first, end = candidate_range(seq_lens, config)
     longest = int(end.max())
@@ -158,6 +163,7 @@ def _select(
         cpu.int32(block_table),
         cpu.int32(seq_lens),
         scale,
+        logits.cap,
         _page_layout(factors.format),
         n,
         config.top_k,

@@ -3,6 +3,7 @@
 import torch
 
 from vllm_lrqk.core.hot_rows import HotCache
+from vllm_lrqk.core.logits import Logits
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.decode import attend_selection
 from vllm_lrqk.methods.lrqk.format import FactorPages
@@ -46,9 +47,10 @@ class InPlaceDecoder:
         seq_lens: torch.Tensor,
         hot_blocks: torch.Tensor | None,
         output: torch.Tensor,
+        logits: Logits,
     ) -> None:
         rows = self.kernels.decode_attention(
-            query, self.host, self.factors, block_table, seq_lens, self.scale, self.config, output
+            query, self.host, self.factors, block_table, seq_lens, self.scale, self.config, output, logits
         )
         self.tallies[2] += rows.sum()
 
@@ -89,10 +91,11 @@ class HotDecoder(InPlaceDecoder):
         seq_lens: torch.Tensor,
         hot_blocks: torch.Tensor | None,
         output: torch.Tensor,
+        logits: Logits,
     ) -> None:
         assert hot_blocks is not None
-        selection = self.kernels.select(query, self.factors, block_table, seq_lens, self.scale, self.config)
+        selection = self.kernels.select(query, self.factors, block_table, seq_lens, self.scale, self.config, logits)
         rows, fetch = self.hot.resolve(selection.positions, self.host, block_table, hot_blocks, seq_lens, self.clock)
-        output.copy_(attend_selection(query, rows, selection, self.factors, block_table, self.scale))
+        output.copy_(attend_selection(query, rows, selection, self.factors, block_table, self.scale, logits))
         self.tallies[0] += fetch.hits
         self.tallies[1] += fetch.misses

@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_lrqk.core.logits import Logits
 from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
 from vllm_lrqk.methods.lrqk.format import FactorPages
@@ -34,8 +35,10 @@ class CudaDecoder:
         seq_lens: torch.Tensor,
         hot_blocks: torch.Tensor | None,
         output: torch.Tensor,
+        logits: Logits,
     ) -> None:
         assert hot_blocks is not None
+        assert logits.is_plain, "refused at start-up"
         at_once, pages = self.path.workspace.max_requests, self.path.workspace.max_pages
         for start in range(0, len(query), at_once):
             part = slice(start, start + at_once)

@@ -3,6 +3,7 @@
 import torch
 
 from vllm_lrqk.core.attend import attend, gather_rows
+from vllm_lrqk.core.logits import PLAIN, Logits
 from vllm_lrqk.core.selection import Selection
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.format import FactorPages
@@ -20,6 +21,7 @@ def decode_attention(
     scale: float,
     config: LRQKSettings,
     output: torch.Tensor,
+    logits: Logits = PLAIN,
 ) -> torch.Tensor:
     """Select and attend for one query token per request; its own key and value are already in the host pages.
 
@@ -32,9 +34,9 @@ def decode_attention(
     Returns:
         int64 [B], the number of rows attended exactly, summed over KV heads.
     """
-    selection = select(query, factors, block_table, seq_lens, scale, config)
+    selection = select(query, factors, block_table, seq_lens, scale, config, logits)
     rows_kv = gather_rows(host, block_table, selection.positions)
-    output.copy_(attend_selection(query, rows_kv, selection, factors, block_table, scale))
+    output.copy_(attend_selection(query, rows_kv, selection, factors, block_table, scale, logits))
     return (selection.positions >= 0).sum((1, 2))
 
 
@@ -45,6 +47,7 @@ def attend_selection(
     factors: FactorPages | CalibratedPages,
     block_table: torch.Tensor,
     scale: float,
+    logits: Logits = PLAIN,
 ) -> torch.Tensor:
     """Attention to the selected rows and, through the factors, to the residual: float32 [B, H, d].
 
@@ -57,4 +60,4 @@ def attend_selection(
     if selection.residual is not None:
         pages = block_table[:, : selection.residual.shape[-1]].long()
         left = residual_values(selection, factors, pages)
-    return attend(query, rows_kv, selection, left, scale)
+    return attend(query, rows_kv, selection, left, scale, logits)

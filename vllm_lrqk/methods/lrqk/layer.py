@@ -6,6 +6,7 @@ import torch
 
 from vllm_lrqk.core.counters import Counters
 from vllm_lrqk.core.layer import Layer
+from vllm_lrqk.core.logits import Logits
 from vllm_lrqk.core.step import FilledPages, PrefillChunk, Step
 from vllm_lrqk.devices import cpu
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
@@ -32,6 +33,7 @@ class Decoder(Protocol):
         seq_lens: torch.Tensor,
         hot_blocks: torch.Tensor | None,
         output: torch.Tensor,
+        logits: Logits,
     ) -> None:
         """As `Layer.decode`."""
 
@@ -82,7 +84,7 @@ class LRQKLayer(Layer):
         output: torch.Tensor,
     ) -> None:
         attend = self.kernels.prefill_prompts
-        if attend is None:
+        if attend is None or not self.logits.is_plain:
             super().prefill_all(query, key, value, step, request_blocks, output)
             return
         for run in step.prompt_runs:
@@ -103,7 +105,8 @@ class LRQKLayer(Layer):
         output: torch.Tensor,
     ) -> None:
         """Attend exactly and seal the pages that the chunk fills."""
-        self.kernels.prefill_attention(query, key, value, self.host, chunk.pages, chunk.context_len, self.scale, output)
+        place = self.host, chunk.pages, chunk.context_len, self.scale
+        self.kernels.prefill_attention(query, key, value, *place, output, self.logits)
         self._seal_filled([chunk])
 
     def _seal_filled(self, chunks: list[PrefillChunk]) -> None:
@@ -122,7 +125,7 @@ class LRQKLayer(Layer):
         request_blocks: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        self.decoder.decode(query, key, value, block_table, seq_lens, request_blocks, output)
+        self.decoder.decode(query, key, value, block_table, seq_lens, request_blocks, output, self.logits)
 
     def seal(self, filled: FilledPages) -> None:
         self._seal(filled.pages)

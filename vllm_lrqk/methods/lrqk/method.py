@@ -32,6 +32,7 @@ class LRQK(Method):
     block_size_setting = "lrqk.page_size"
     serves_windows = True
     serves_drafts = True
+    serves_caps_and_sinks = True
     tallies: ClassVar[tuple[str, ...]] = TALLIES
     settings: LRQKSettings
 

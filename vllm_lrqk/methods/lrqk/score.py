@@ -5,6 +5,7 @@ Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, N page 
 
 import torch
 
+from vllm_lrqk.core.logits import PLAIN, Logits
 from vllm_lrqk.core.selection import Selection, always_rows, candidate_range, heaviest
 from vllm_lrqk.methods.lrqk.calibrated_format import CalibratedPages
 from vllm_lrqk.methods.lrqk.calibrated_score import calibrated_scores
@@ -42,11 +43,13 @@ def select(
     seq_lens: torch.Tensor,
     scale: float,
     config: LRQKSettings,
+    logits: Logits = PLAIN,
 ) -> Selection:
     """Choose the rows of one decode step; `seq_lens` [B] counts the current token.
 
     Always attended: sink tokens, the last `recent_tokens`, tokens of the unsealed page. Of the others,
-    the candidates, the top_k by the group's summed softmax weight of the proxy scores, as far as top_p goes.
+    the candidates, the top_k by the group's summed softmax weight of the proxy scores, as far as top_p goes. Proxy
+    scores have the soft cap of the logits; sinks have no part in the choice.
     """
     n, kv_heads = config.page_size, factors.raw.shape[1]
     first, end = candidate_range(seq_lens, config)
@@ -55,7 +58,7 @@ def select(
     if longest <= first:
         return Selection(always.int(), None)
     num_pages = -(-longest // n)
-    scores = proxy_scores(query, factors, block_table[:, :num_pages], scale)  # [B, H, P, N]
+    scores = logits.capped(proxy_scores(query, factors, block_table[:, :num_pages], scale))  # [B, H, P, N]
     position = torch.arange(num_pages * n, device=query.device)
     is_candidate = (position >= first) & (position < end[:, None])  # [B, P*N]
     scores = scores.flatten(2).masked_fill(~is_candidate[:, None], -torch.inf)  # [B, H, P*N]
