@@ -1,6 +1,7 @@
 """Sealing the pages of all layers at once, with emulated copies, against sealing layer by layer."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def layers_of(count: int, config: LRQKSettings) -> list[LRQKLayer]:
     for _ in range(count):
         host = torch.randn(7, 2, config.page_size, 2, 32, generator=generator)
         factors = empty_factors(config, 32, 7, 2)
-        layers.append(LRQKLayer(factors, host, None, kernels, 0.1, config, counters))  # type: ignore[arg-type]
+        decoder = SimpleNamespace(decodes_one_per_request=True)  # nothing decodes here
+        layers.append(LRQKLayer(factors, host, decoder, kernels, 0.1, config, counters))  # type: ignore[arg-type]
     return layers
 
 

@@ -40,7 +40,7 @@ def select(layout: list[int], head_size: int = 64) -> None:
     sizes = 16, 16, 1.0, 16, 0
     pages = layer.factors.raw, layer.block_table, layer.seq_lens
     index = ALL_SETS.index("portable")
-    torch.ops.vllm_lrqk.cpu_select(query, *pages, 0.1, layout, *sizes, [], rows, None, None, index)
+    torch.ops.vllm_lrqk.cpu_select(query, *pages, 0.1, 0.0, layout, *sizes, [], rows, None, None, index)
 
 
 def layout_with(**changes: int) -> list[int]:
