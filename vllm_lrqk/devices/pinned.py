@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.lrqk")  # below vLLM's own, whose level and handlers hold for it
 CHUNK_BYTES = 4 << 30
 RELEASE_SECONDS = 10.0
 _REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped
