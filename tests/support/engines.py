@@ -42,12 +42,8 @@ def tiny_llama(
             eos_token_id=None,
         )
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                # Large queries and keys give attention that depends on content, a large head clear decisions.
-                gain = {"q_proj": 2.0, "k_proj": 2.0, "lm_head": 4.0}.get(name.split(".")[-2], 1.0)
-                parameter.normal_(0, gain / parameter.shape[-1] ** 0.5)
+    # Large queries and keys give attention that depends on content, a large head clear decisions.
+    _draw(model, {"q_proj": 2.0, "k_proj": 2.0, "lm_head": 4.0})
     model.save_pretrained(path)
     return path
 
@@ -60,31 +56,10 @@ def tiny_gemma3(folder: Path, window: int = 48, full: tuple[int, ...] = (1, 4)) 
     if path.exists():
         return path
     torch.manual_seed(0)
-    model = Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            query_pre_attn_scalar=64,
-            sliding_window=window,
-            layer_types=["full_attention" if layer in full else "sliding_attention" for layer in range(6)],
-            max_position_embeddings=65536,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                gain = {"q_proj": 2.0, "k_proj": 2.0, "embed_tokens": 1.0}.get(name.split(".")[-2], 1.0)
-                parameter.normal_(0, gain / parameter.shape[-1] ** 0.5)
-            elif "post_attention" in name:
-                parameter.fill_(15.0)  # what is attended to outweighs the token itself
+    kinds = ["full_attention" if layer in full else "sliding_attention" for layer in range(6)]
+    config = _tiny_windows(window, 6) | {"query_pre_attn_scalar": 64, "layer_types": kinds}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**config))
+    _draw(model, {"q_proj": 2.0, "k_proj": 2.0, "embed_tokens": 1.0}, post_attention=15.0)
     model.save_pretrained(path)
     return path
 
@@ -99,11 +74,7 @@ def tiny_gemma2(folder: Path, window: int = 48) -> Path:
     torch.manual_seed(0)
     config = _tiny_windows(window, 4) | {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 5.0}
     model = Gemma2ForCausalLM(Gemma2Config(**config))
-    _draw(model, {"q_proj": 3.0, "k_proj": 3.0, "embed_tokens": 1.0})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "post_attention" in name:
-                parameter.fill_(15.0)  # as of `tiny_gemma3`
+    _draw(model, {"q_proj": 3.0, "k_proj": 3.0, "embed_tokens": 1.0}, post_attention=15.0)
     model.save_pretrained(path)
     return path
 
@@ -147,12 +118,18 @@ def _tiny_windows(window: int, layers: int) -> dict[str, Any]:
     }
 
 
-def _draw(model: Any, gains: dict[str, float]) -> None:
-    """Random matrices; gains as in `tiny_llama`, by the last part of a name."""
+def _draw(model: Any, gains: dict[str, float], post_attention: float | None = None) -> None:
+    """Random matrices, with gains by the last part of a name.
+
+    Args:
+        post_attention: of norms behind attention; a large one lets what is attended to outweigh the token itself.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0, gains.get(name.split(".")[-2], 1.0) / parameter.shape[-1] ** 0.5)
+            elif post_attention is not None and "post_attention" in name:
+                parameter.fill_(post_attention)
 
 
 @contextmanager

@@ -86,6 +86,6 @@ class CalibrationExtension:
         self._positions = named["positions"]
 
     def _count_tokens(self, layer: Any, arguments: tuple) -> None:
-        tokens = len(self._positions)
+        tokens = self._positions.shape[-1]  # M-RoPE has three rows of them
         query, key, value = (vectors[:tokens].view(tokens, -1, layer.head_size) for vectors in arguments[:3])
         self._moment_sums[layer.layer_name].add(query, key, value, self._positions)
