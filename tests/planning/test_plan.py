@@ -12,10 +12,12 @@ from startup import start
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.integration.startup import start_line
 from vllm_lrqk.planning.command import main
+from vllm_lrqk.planning.deployment import Deployment
 from vllm_lrqk.planning.model import read_model
-from vllm_lrqk.planning.plan import Deployment, Plan, even_stages, make_plans
+from vllm_lrqk.planning.plan import Plan, even_stages, make_plans
 
 GIB = 1 << 30
+FULL, SLIDING = "full_attention", "sliding_attention"
 LENGTH, REQUESTS = 2048, 8
 LLAMA = {
     "model_type": "llama",
@@ -54,8 +56,10 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def plans(folder: Path, device: str, device_gib: float | None, settings: dict[str, Any]) -> dict[str, Plan]:
-    deployment = Deployment(device, device_gib, 0.25, LENGTH, REQUESTS, 1, 1, 1e12, 1e10)
+def plans(
+    folder: Path, device: str, device_gib: float | None, settings: dict[str, Any], step_tokens: int | None = None
+) -> dict[str, Plan]:
+    deployment = Deployment(device, device_gib, 0.25, LENGTH, REQUESTS, 1, 1, 1e12, 1e10, step_tokens)
     return {plan.method: plan for plan in make_plans(read_model(str(folder)), deployment, settings)}
 
 
@@ -80,11 +84,17 @@ def vllm_blocks(config: Any, specs: dict[str, Any], memory: int) -> int:
 def layer_specs(config: Any, layers: int, kv_heads: int, head_size: int) -> dict[str, Any]:
     """What the layers tell vLLM."""
     from vllm_lrqk.integration.blocks import page_spec, request_spec
+    from vllm_lrqk.integration.window_blocks import window_spec
 
     engine = config.additional_config.engine
     plan, shape = engine.plan(config), (kv_heads, head_size, engine.num_host_pages)
     specs: dict[str, Any] = {}
+    windows, kinds = engine.windows, getattr(config.model_config.hf_text_config, "layer_types", None) or ()
     for layer in range(layers):
+        if windows is not None and kinds[layer] == SLIDING:
+            beside = windows.plan.block_size, kv_heads, head_size, config.model_config.dtype, windows.blocks
+            specs[f"layers.{layer}"] = window_spec(windows.plan.window, *beside)
+            continue
         if plan.is_paged:
             specs[f"layers.{layer}"] = page_spec(plan, *shape)
         if plan.blocks_per_request:
@@ -92,7 +102,7 @@ def layer_specs(config: Any, layers: int, kv_heads: int, head_size: int) -> dict
     return specs
 
 
-def engine_line(folder: Path, method: str, settings: dict[str, Any], memory: int | None) -> str:
+def engine_line(folder: Path, method: str, settings: dict[str, Any], memory: int | None, **more: Any) -> str:
     """The start-up line of an engine, with vLLM's own planner, without loading anything."""
     model = read_model(str(folder))
     additional = {method.lower(): settings}
@@ -103,6 +113,7 @@ def engine_line(folder: Path, method: str, settings: dict[str, Any], memory: int
         max_num_seqs=REQUESTS,
         dtype="auto",
         kv_cache_memory_bytes=memory,
+        **more,
     )
     assert config.model_config.dtype == model.dtype
     kv_heads = config.model_config.get_num_kv_heads(config.parallel_config)
@@ -124,6 +135,73 @@ def test_lrqk(folder: Path, device: str) -> None:
     assert plan["device_tokens"] == device_tokens
     assert plan["dense_tokens_in_device_memory"] == dense
     assert min(plan["host_tokens"], device_tokens) == min(host_tokens, device_tokens)
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "gemma3": LLAMA
+    | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 7}
+    | {"num_key_value_heads": 2, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 48}
+    | {"layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING, SLIDING]},
+    "gpt-oss": LLAMA
+    | {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_hidden_layers": 4}
+    | {"num_key_value_heads": 4, "head_dim": 64, "num_local_experts": 2, "num_experts_per_tok": 1}
+    | {"rope_scaling": None, "sliding_window": 300, "layer_types": [SLIDING, FULL] * 2, "dtype": "float32"},
+}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("hot_cache", [False, True])
+@pytest.mark.parametrize("memory", [None, GIB // 8, GIB // 64])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows(tmp_path: Path, name: str, memory: int | None, hot_cache: bool) -> None:
+    """Full layers by the method, windows a constant per request; with pools that the user sized, or did not."""
+    (tmp_path / "config.json").write_text(json.dumps(WINDOWS[name]))
+    settings = {"host_memory_gib": 0.25, "top_k": 128, "page_size": 64, "rank": 8, "hot_cache": hot_cache}
+    line = engine_line(tmp_path, "LRQK", settings, memory, max_num_batched_tokens=128)
+    device_bytes, host_bytes, tokens, host_tokens, device_tokens, dense = figures(line)
+    found = plans(tmp_path, "cpu", None if memory is None else memory / GIB, {"lrqk": settings}, 128)
+    plan = found["LRQK"].as_dict()
+    assert plan["refused"] is None
+    assert (plan["device_bytes_per_token"], plan["host_bytes_per_token"]) == (device_bytes, host_bytes)
+    for own, engines in (("tokens", tokens), ("host_tokens", host_tokens), ("device_tokens", device_tokens)):
+        assert plan[own] == pytest.approx(engines, rel=0.01), own
+    assert plan["dense_tokens_in_device_memory"] == pytest.approx(dense, rel=0.01)
+    windows = config_of(tmp_path)["layer_types"].count(SLIDING)
+    row = found["LRQK"].capacity.dense_bytes_per_head * config_of(tmp_path)["num_key_value_heads"]
+    assert plan["window_bytes_per_request"] >= windows * config_of(tmp_path)["sliding_window"] * row
+    assert "--max-num-batched-tokens 128" in str(plan["command"])
+    assert all("sliding-window layers" in str(found[method].refused) for method in ("LOLA", "AQUA"))
+
+
+@pytest.mark.parametrize(("name", "heads", "windows"), [("gemma3", 4, 3 * (3 + 1)), ("gpt-oss", 8, 19 + 1)])
+def test_windows_of_dense_requests(tmp_path: Path, name: str, heads: int, windows: int) -> None:
+    """A request takes a page of the full layers for every 16 tokens, and a window of blocks as large for each group."""
+    (tmp_path / "config.json").write_text(json.dumps(WINDOWS[name]))
+    room = plans(tmp_path, "cpu", None, {})["dense"].capacity
+    assert room.blocks_of(LENGTH) == (LENGTH // 16, windows)
+    assert room.block_bytes == heads * 16 * 2 * 64 * read_model(str(tmp_path)).dtype.itemsize
+
+
+def test_windows_limit_the_requests(tmp_path: Path) -> None:
+    """Where a quarter of the memory holds fewer windows than requests may run."""
+    (tmp_path / "config.json").write_text(json.dumps(WINDOWS["gpt-oss"] | {"sliding_window": 1000}))
+    deployment = Deployment("cpu", None, 0.125, 64, 64, 1, 1, 1e12, 1e10, 64)
+    plan = make_plans(read_model(str(tmp_path)), deployment, {"lrqk": {"page_size": 64}})[-1]
+    assert plan.method == "LRQK"
+    assert plan.capacity.limit(64) == "windows"
+    assert 1 < plan.requests < 64
+
+
+def test_windows_on_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(WINDOWS["gemma3"]))
+    plan = plans(tmp_path, "cuda", 1, {})["LRQK"]
+    assert plan.command is None
+    assert re.fullmatch(
+        r"LRQK serves sliding-window layers on the CPU platform only, and .* another .*\.", plan.refused
+    )
 
 
 def test_lola(folder: Path) -> None:
@@ -185,6 +263,7 @@ BAD = [
     (["--device-memory", "1", "--max-model-len", "0"], "--max-model-len is 0"),
     (["--device-memory", "1", "--max-num-seqs", "0"], "--max-num-seqs is 0"),
     (["--device-memory", "1", "--tensor-parallel-size", "3"], "--tensor-parallel-size is 3"),
+    (["--device-memory", "1", "--max-num-batched-tokens", "8"], "--max-num-batched-tokens is 8"),
     (["--device-memory", "1", "--pipeline-parallel-size", "9"], "--pipeline-parallel-size is 9"),
     (["--device-memory", "1", "--dtype", "int3"], "--dtype is 'int3'"),
     (["--device-memory", "1", "--additional-config", '{"LRQK": {}}'], "'LRQK'"),
@@ -206,7 +285,10 @@ def test_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
         ({"kv_lora_rank": 64}, "latent attention"),
         ({"num_hidden_layers": 0}, "no attention heads or layers"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
-        ({"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}, "sliding window"),
+        ({"sliding_window": 64, "layer_types": [SLIDING] * 4}, "sliding window of 64 tokens in every layer"),
+        ({"sliding_window": 64}, "sliding window of 64 tokens in every layer"),
+        ({"layer_types": [FULL, "linear_attention"] * 2}, "'linear_attention'"),
+        ({"attention_chunk_size": 64}, "chunked local attention"),
     ],
 )
 def test_models_that_are_not_planned_for(tmp_path: Path, config: dict[str, Any], words: str) -> None:

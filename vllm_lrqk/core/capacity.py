@@ -38,6 +38,7 @@ class Capacity:
         max_requests: requests that run at once (vLLM's `max_num_seqs`).
         least_block_bytes: of a block, where other layers than these are what makes it wide.
         other_blocks: of the pool, those of other layers alone.
+        other_requests: that other layers have blocks for at once; None: any number.
     """
 
     plan: MemoryPlan
@@ -48,6 +49,7 @@ class Capacity:
     max_requests: int
     least_block_bytes: int = 0
     other_blocks: int = 0
+    other_requests: int | None = None
 
     @property
     def block_bytes(self) -> int:
@@ -104,6 +106,8 @@ class Capacity:
         found = min(self.max_requests, (self.own_blocks - 1) // (pages + constant))
         if self.host_pages is not None:
             found = min(found, (self.host_pages - 1) // pages)
+        if self.other_requests is not None:
+            found = min(found, self.other_requests)
         return max(0, found)
 
     def limit(self, length: int) -> str:
@@ -114,6 +118,8 @@ class Capacity:
             return "max_num_seqs"
         if self.host_pages is not None and more * pages > self.host_pages - 1:
             return "host memory"
+        if self.other_requests is not None and more > self.other_requests:
+            return "windows"
         return "device memory"
 
     def tokens(self, length: int) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.method import Method, ModelFacts
+from vllm_lrqk.core.window_checks import check_windows, window_of
 
 
 def check_model(vllm_config: Any, chosen: Method) -> None:
@@ -26,14 +27,15 @@ def check_model(vllm_config: Any, chosen: Method) -> None:
         raise ConfigError(f"{method} serves generation, but the runner of {name} is {model.runner_type!r}: {other}")
     if _has_alibi(model.hf_config) or _has_alibi(text):
         raise ConfigError(f"{method} does not support ALiBi, which {name} uses: {other}")
-    window = _sliding_window(model, text)
-    if window is not None and _has_both_kinds(text):
-        _check_windows(vllm_config, chosen, other)
-    elif window is not None:
-        raise ConfigError(
-            f"{method} serves sliding-window layers beside full attention only, and {name} has a window of {window} "
-            "tokens in every layer: add --disable-sliding-window (this caps the context at the window), or " + other
-        )
+    window = None if model.disable_sliding_window else window_of(text)
+    if window is not None:
+        kinds = getattr(text, "layer_types", None) or ()
+        check_windows(chosen, name, window, kinds, vllm_config.parallel_config.pipeline_parallel_size, other)
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            raise ConfigError(
+                f"--disable-hybrid-kv-cache-manager is set, but {method} needs that manager beside the sliding-window "
+                f"layers of {name}: leave it out."
+            )
     if getattr(text, "attention_chunk_size", None):
         raise ConfigError(f"{method} does not support chunked local attention, which {name} uses: {other}")
     soft_cap = getattr(text, "attn_logit_softcapping", None)
@@ -137,46 +139,6 @@ def _has_alibi(hf_config: Any) -> bool:
         or getattr(hf_config, "position_embedding_type", None) == "alibi"
         or getattr(hf_config, "model_type", None) == "bloom"
     )
-
-
-def _sliding_window(model: Any, text: Any) -> int | None:
-    if model.disable_sliding_window:
-        return None
-    window = model.get_sliding_window()
-    layer_types = getattr(text, "layer_types", None)
-    if layer_types is not None and "sliding_attention" not in layer_types:
-        return None
-    if getattr(text, "use_sliding_window", True) is False:
-        return None
-    return window
-
-
-def _has_both_kinds(text: Any) -> bool:
-    return {"full_attention", "sliding_attention"} <= set(getattr(text, "layer_types", None) or ())
-
-
-def _check_windows(vllm_config: Any, chosen: Method, other: str) -> None:
-    """Refuse what is not served beside sliding-window layers."""
-    model, parallel, device = vllm_config.model_config, vllm_config.parallel_config, vllm_config.device_config
-    beside = f"beside the sliding-window layers of {model.model}"
-    if not chosen.serves_windows:
-        raise ConfigError(f"{chosen.name} does not support sliding-window layers, which {model.model} has: {other}")
-    if device.device_type != "cpu":
-        raise ConfigError(
-            f"{chosen.name} serves sliding-window layers on the CPU platform only, and {model.model} has them: {other}"
-        )
-    kinds = sorted(set(model.hf_text_config.layer_types) - {"full_attention", "sliding_attention"})
-    if kinds:
-        raise ConfigError(f"{chosen.name} does not support layers of kind {kinds[0]!r} {beside}: {other}")
-    if parallel.pipeline_parallel_size > 1:
-        raise ConfigError(
-            f"--pipeline-parallel-size is {parallel.pipeline_parallel_size}, which {chosen.name} does not support "
-            f"{beside}: set it to 1."
-        )
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        raise ConfigError(
-            f"--disable-hybrid-kv-cache-manager is set, but {chosen.name} needs that manager {beside}: leave it out."
-        )
 
 
 def check_layer(

@@ -10,17 +10,9 @@ from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.host_memory import DEFAULT_SHARE, GIB, free_host_memory
 from vllm_lrqk.core.method import MemoryPlan, Method
 from vllm_lrqk.core.model_heads import kv_heads_of_blocks, rank_heads
-from vllm_lrqk.core.windows import WindowLayers, WindowPlan, full_attention_layers, plan_windows, windows_served
+from vllm_lrqk.core.windows import WindowLayers, Windows, full_attention_layers, windows_beside
 from vllm_lrqk.integration import compat
 from vllm_lrqk.methods import METHODS, method_class
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Layers with a sliding window beside the method's, and the block ids that are theirs."""
-
-    plan: WindowPlan
-    blocks: range
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,39 +113,19 @@ def rank_memory(method: Method, vllm_config: Any) -> int:
     return memory // ranks_per_host(vllm_config)
 
 
-def windows_beside(method: Method, vllm_config: Any, heads: int, memory: int) -> tuple[Windows | None, HostTier | None]:
+def host_tier(method: Method, vllm_config: Any, heads: int, memory: int) -> tuple[Windows | None, HostTier | None]:
     """What windows take of a rank's memory for keys and values, and the host tier of the rest.
 
     Args:
         heads: KV heads of all layers of the rank that the method serves.
         memory: as `rank_memory`.
     """
-    plan, layers = model_plan(method, vllm_config), window_layers(vllm_config)
+    plan, layers, cache = model_plan(method, vllm_config), window_layers(vllm_config), vllm_config.cache_config
     if layers is None:
         return None, HostTier.of(plan, heads, memory)
-    windows = plan_windows(layers, heads * plan.block_bytes, plan.block_size)
-    max_requests, in_flight = vllm_config.scheduler_config.max_num_seqs, vllm_config.max_in_flight_tokens
-    count = windows_served(windows, memory, max_requests, in_flight)
-    host = HostTier.of(plan, heads, memory - count * windows.block_bytes)
-    assert host is not None
-    pool = _asked_blocks(vllm_config, windows)
-    if pool is not None:
-        if pool < count + 2:
-            raise ConfigError(
-                f"--kv-cache-memory-bytes or --num-gpu-blocks-override gives {pool} blocks, but the sliding windows of "
-                f"--max-num-seqs {max_requests} requests take {count}: leave it out, or lower --max-num-seqs."
-            )
-        host = HostTier(min(host.num_pages, pool - count) * host.page_bytes, host.page_bytes)
-    return Windows(windows, range(host.num_pages, host.num_pages + count)), host
-
-
-def _asked_blocks(vllm_config: Any, windows: WindowPlan) -> int | None:
-    """Blocks of the pool, where the user has sized it."""
-    cache = vllm_config.cache_config
-    if cache.num_gpu_blocks_override is not None:
-        return cache.num_gpu_blocks_override
-    asked = cache.kv_cache_memory_bytes
-    return None if asked is None else asked // windows.block_bytes
+    requests, in_flight = vllm_config.scheduler_config.max_num_seqs, vllm_config.max_in_flight_tokens
+    pool = cache.kv_cache_memory_bytes, cache.num_gpu_blocks_override
+    return windows_beside(layers, plan, heads, memory, requests, in_flight, *pool)
 
 
 def window_layers(vllm_config: Any) -> WindowLayers | None:

@@ -16,6 +16,7 @@ from vllm_lrqk.integration.settings import (
     Engine,
     EngineSettings,
     engine_of,
+    host_tier,
     make_method,
     misplaced_settings,
     model_group,
@@ -23,7 +24,6 @@ from vllm_lrqk.integration.settings import (
     model_plan,
     rank_memory,
     ranks_per_host,
-    windows_beside,
 )
 from vllm_lrqk.methods import METHODS
 
@@ -85,7 +85,7 @@ def prepare(vllm_config: Any) -> None:
             check_cpu_binding(vllm_config)
         heads = model_heads(vllm_config)
         memory = rank_memory(method, vllm_config)
-        windows, host = windows_beside(method, vllm_config, heads, memory)
+        windows, host = host_tier(method, vllm_config, heads, memory)
         engine = Engine(method, model_group(vllm_config), heads, host, metrics.expose(), windows)
     if is_new:  # and else the same object: it is what a worker's layers and vLLM's worker have in common
         vllm_config.additional_config = EngineSettings(additional if isinstance(additional, dict) else {})

@@ -11,8 +11,9 @@ from typing import Any
 
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.host_memory import DEFAULT_SHARE, GIB, host_memory
+from vllm_lrqk.planning.deployment import Deployment
 from vllm_lrqk.planning.model import read_model
-from vllm_lrqk.planning.plan import Deployment, make_plans
+from vllm_lrqk.planning.plan import make_plans
 
 BANDWIDTHS = {"cuda": (3350.0, 50.0), "cpu": (50.0, 50.0)}
 """GB/s of the device's memory (of an H100's) and of its way to the host's (PCIe 5), where none are given."""
@@ -32,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--host-memory", type=float, metavar="GIB", help="of a host, all ranks; default: half of what is free here")
     add("--max-model-len", type=int, help="tokens of a request; default: what the model was made for")
     add("--max-num-seqs", type=int, default=16, help="requests at once; default 16")
+    add("--max-num-batched-tokens", type=int, help="of one step, for sliding windows; default: a server's on the CPU")
     add("--tensor-parallel-size", type=int, default=1)
     add("--pipeline-parallel-size", type=int, default=1)
     add("--dtype", default="auto", help="as of vLLM")
@@ -75,6 +77,7 @@ def _run(parsed: argparse.Namespace) -> None:
         parsed.pipeline_parallel_size,
         1e9 * (device_bandwidth if parsed.device_bandwidth is None else parsed.device_bandwidth),
         1e9 * (host_bandwidth if parsed.host_bandwidth is None else parsed.host_bandwidth),
+        parsed.max_num_batched_tokens,
     )
     plans = make_plans(model, deployment, parsed.additional_config)
     if parsed.plot is not None:

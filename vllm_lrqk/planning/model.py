@@ -10,6 +10,7 @@ import torch
 from vllm_lrqk.core.config import ConfigError
 from vllm_lrqk.core.method import ModelFacts
 from vllm_lrqk.core.model_heads import kv_heads_of_blocks
+from vllm_lrqk.core.window_checks import FULL, SLIDING, window_of
 
 _KV_HEADS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num", "num_attention_groups")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
@@ -32,6 +33,17 @@ class ModelShape:
     """Tokens that the model was made for."""
     config: Mapping[str, Any]
     """Of the text model, as transformers writes it."""
+    window: int | None = None
+    """Tokens of the sliding window of layers that have one; None: all attend to all tokens."""
+    layer_types: tuple[str, ...] = ()
+    """As transformers writes them; empty where layers are alike."""
+
+    @property
+    def full_kv_heads(self) -> tuple[int, ...]:
+        """Of each layer that attends to all tokens; 0 elsewhere."""
+        if self.window is None:
+            return self.kv_heads
+        return tuple(count if kind == FULL else 0 for count, kind in zip(self.kv_heads, self.layer_types))
 
     def facts(self, max_model_len: int) -> ModelFacts:
         """What a method may ask of it."""
@@ -62,17 +74,24 @@ def read_model(name: str, dtype: str = "auto") -> ModelShape:
         raise ConfigError(f"{name} uses multi-head latent attention, which no method serves: name another model.")
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder-decoder model, which no method serves: name another model.")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    if getattr(config, "attention_chunk_size", None):
+        raise ConfigError(f"{name} uses chunked local attention, which no method serves: name another model.")
+    layer_types = tuple(getattr(config, "layer_types", None) or ())
+    window, odd = window_of(config), sorted(set(layer_types) - {FULL, SLIDING})
+    if window is not None and FULL not in layer_types:
         raise ConfigError(
-            f"{name} has layers with a sliding window, which are not planned for: start an engine with it, whose log "
-            "says what there is room for."
+            f"{name} has a sliding window of {window} tokens in every layer, which no method serves but with "
+            "--disable-sliding-window, which caps the context at the window: name another model."
         )
+    if odd:
+        raise ConfigError(f"{name} has layers of kind {odd[0]!r}, which no method serves: name another model.")
     head_size = getattr(config, "head_dim", None) or (hidden or 0) // heads
     if not head_size:
         raise ConfigError(f"{name} says nothing of its head size (head_dim, hidden_size): name another model.")
     context = _first(config, _CONTEXT) or 2048
     kv_heads = tuple(_kv_heads(config, heads, layers))
-    return ModelShape(name, kv_heads, heads, head_size, _dtype(name, config, dtype), context, config.to_dict())
+    shape = name, kv_heads, heads, head_size, _dtype(name, config, dtype), context, config.to_dict()
+    return ModelShape(*shape, window, layer_types)
 
 
 def _text_config(name: str) -> Any:

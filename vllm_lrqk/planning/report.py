@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from vllm_lrqk.core.host_memory import GIB
-from vllm_lrqk.planning.plan import Deployment, Plan
+from vllm_lrqk.planning.deployment import Deployment
+from vllm_lrqk.planning.plan import Plan
 
 
 def table(plans: Sequence[Plan], deployment: Deployment) -> Table:
@@ -26,11 +27,12 @@ def table(plans: Sequence[Plan], deployment: Deployment) -> Table:
         found.add_column(name, justify="left" if name == "limit" else "right")
     for plan in plans:
         room = plan.capacity
+        constant = room.device_bytes_per_request + plan.window_bytes_per_request
         found.add_row(
             plan.method,
             f"{room.device_bytes_per_token:,}" if room.device_bytes_per_token else "none",
             f"{room.host_bytes_per_token:,}" if room.host_bytes_per_token else "none",
-            _gib(room.device_bytes_per_request) if room.device_bytes_per_request else "none",
+            _gib(constant) if constant else "none",
             f"{plan.requests:,}",
             room.limit(plan.length),
             f"{room.tokens(plan.length):,}",
