@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cuda_workload import Shape, Workload, make_workload
+from cuda_workload import Shape, Workload, copy_pages, make_workload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm_lrqk.devices import cuda_library, triton_parts
 from vllm_lrqk.devices.cuda_hot_rows import DeviceHotCache
-from vllm_lrqk.devices.pinned import PinnedMemory, chunk_rows, device_address
+from vllm_lrqk.devices.pinned import PinnedMemory, device_address
 from vllm_lrqk.methods.lrqk import cuda, triton_attend
 from vllm_lrqk.methods.lrqk.cuda_decode import DecodePath
 from vllm_lrqk.methods.lrqk.decode import attend_selection, decode_attention
@@ -135,13 +135,7 @@ class Bench:
         pages = torch.empty_like(w.host, device=self.device)
         output = torch.empty_like(w.query)
         arguments = (w.query, pages, w.factors, w.block_table, w.seq_lens, w.scale, self.config, output)
-        parts = [part.split(chunk_rows(w.host)) for part in (pages, w.host)]
-
-        def copy_all() -> None:
-            for to, source in zip(*parts):
-                to.copy_(source, non_blocking=True)
-
-        copy = self.milliseconds(copy_all)
+        copy = self.milliseconds(lambda: copy_pages(pages, w.host))
         in_torch = self.milliseconds(lambda: decode_attention(*arguments))
         rows = pages[w.block_table.long()].transpose(1, 2).flatten(2, 3)[:, :, : w.shape.length]
         key, value = rows[:, :, :, 0].contiguous(), rows[:, :, :, 1].contiguous()

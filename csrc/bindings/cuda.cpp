@@ -18,6 +18,7 @@ HostArgs host_pages(const Tensor& host) {
   check_host_pages(host, host.scalar_type());
   const int64_t d = host.size(4), bytes = host.element_size();
   STD_TORCH_CHECK(2 * d * bytes % 16 == 0, "a row of host pages must be a multiple of 16 bytes");
+  check_aligned(host, 2, 16, "host");
   return {static_cast<uint8_t*>(host.data_ptr()), host.stride(0) * bytes,         host.stride(1) * bytes,
           static_cast<int>(2 * d * bytes),        static_cast<int>(host.size(2)), static_cast<int>(host.size(0))};
 }
@@ -67,9 +68,8 @@ void cuda_resolve(const Tensor positions, const Tensor block_table, const Tensor
                       table.size(0) >= items && age.numel() >= items * hot_rows &&
                       miss_index.numel() >= items * a.capacity && counters.numel() >= 2,
                   "the buffers of resolve are too small");
-  STD_TORCH_CHECK(row_bytes % 16 == 0 && hot.stride(0) % 16 == 0 && hot.stride(1) % 16 == 0 &&
-                      reinterpret_cast<uintptr_t>(hot.data_ptr()) % 16 == 0,
-                  "hot blocks and their rows must be aligned to 16 bytes");
+  check_aligned(hot, 2, 16, "hot");
+  STD_TORCH_CHECK(row_bytes % 16 == 0, "hot rows must be multiples of 16 bytes");
   STD_TORCH_CHECK(rows_per_block * (row_bytes + 12) <= hot.size(2), "the rows do not fit into a hot block");
   const DeviceGuard guard(positions);
   check_launch(resolve(a, stream_of(stream)));
@@ -79,6 +79,8 @@ void cuda_fetch(const Tensor host, Tensor hot, const Tensor miss_address, const 
                 const Tensor miss_count, const Tensor key, const Tensor value, int64_t stream) {
   check(key, "key", 3, host.scalar_type());
   check(value, "value", 3, host.scalar_type());
+  check_aligned(key, 2, 8, "key");
+  check_aligned(value, 2, 8, "value");
   const int64_t bytes = host.element_size();
   FetchArgs a{};
   a.host = host_pages(host);
@@ -106,6 +108,8 @@ void cuda_append(const Tensor key, const Tensor value, Tensor host, const Tensor
                  std::optional<Tensor> generation, std::optional<Tensor> clock, int64_t stream) {
   check(key, "key", 3, host.scalar_type());
   check(value, "value", 3, host.scalar_type());
+  check_aligned(key, 2, 8, "key");
+  check_aligned(value, 2, 8, "value");
   const int64_t bytes = host.element_size();
   AppendArgs a{};
   a.host = host_pages(host);

@@ -35,6 +35,15 @@ class DeviceGuard {
   bool has_changed_ = false;
 };
 
+// Kernels read `bytes` at once from multiples of the strides of the first `dims` dimensions.
+inline void check_aligned(const Tensor& tensor, int64_t dims, int64_t bytes, const char* name) {
+  bool is_aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % bytes == 0;
+  for (int64_t i = 0; i < dims; ++i) {
+    is_aligned &= tensor.size(i) <= 1 || tensor.stride(i) * tensor.element_size() % bytes == 0;
+  }
+  STD_TORCH_CHECK(is_aligned, name, " must be aligned to ", bytes, " bytes");
+}
+
 inline void check_launch(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA kernels of vllm-lrqk: ", cudaGetErrorString(error));
 }

@@ -43,6 +43,7 @@ void cuda_select(const Tensor query, const Tensor factors, const Tensor block_ta
   a.recent_tokens = static_cast<int>(recent_tokens);
   a.sink_tokens = static_cast<int>(sink_tokens);
   a.scale = static_cast<float>(scale);
+  check_aligned(factors, 2, 16, "factors");
   STD_TORCH_CHECK(a.requests <= max_requests, "more requests than the state has room for");
   STD_TORCH_CHECK(
       seq_lens.size(0) == a.requests && block_table.size(0) == a.requests && positions.size(0) == a.requests,

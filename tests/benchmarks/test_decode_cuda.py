@@ -1,15 +1,21 @@
 """What of benchmarks/decode_cuda.py needs no GPU: arguments, plan, workload, table."""
 
+import mmap
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_runtime import InvalidCopy, RegisteredCopies, Runtime
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from cuda_workload import Shape, make_workload
+import cuda_workload
+from cuda_workload import Shape, copy_pages, make_workload
 from decode_cuda import config_of, main, parse, plan, shapes_of, table
 
+from vllm_lrqk.devices.pinned import PinnedMemory, chunk_rows
 from vllm_lrqk.methods.lrqk.decode import decode_attention
 from vllm_lrqk.methods.lrqk.seal import seal_pages
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
@@ -67,6 +73,47 @@ def test_workload_decodes() -> None:
         w.query[:, :, None], rows[..., 0, :], rows[..., 1, :], scale=w.scale, enable_gqa=True
     )
     torch.testing.assert_close(output, dense[:, :, 0], rtol=1e-4, atol=1e-5)
+
+
+class TestRegisteredPages:
+    """Two pages of the host to a registration: the benchmark's copies go from border to border, as a GPU asks."""
+
+    SHAPE = Shape(length=77, batch=1, heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
+    CHUNK_BYTES = 2 * 2 * mmap.PAGESIZE
+
+    @pytest.fixture
+    def copies(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[RegisteredCopies]:
+        monkeypatch.setattr(cuda_workload, "chunk_rows", partial(chunk_rows, chunk_bytes=self.CHUNK_BYTES))
+        with RegisteredCopies(Runtime()) as mode:
+            yield mode
+
+    def make(self, copies: RegisteredCopies) -> cuda_workload.Workload:
+        def pin(host: torch.Tensor) -> torch.Tensor:
+            self.memory = PinnedMemory(host, copies.runtime, self.CHUNK_BYTES)
+            return host
+
+        return make_workload(self.SHAPE, CONFIG, torch.device("cpu"), lambda *args: None, pin)
+
+    def test_no_copy_reaches_into_two_registrations(self, copies: RegisteredCopies) -> None:
+        w = self.make(copies)
+        assert len(copies.runtime.registered) == 3
+        assert copies.copies == 3
+        pages = torch.empty_like(w.host)
+        copy_pages(pages, w.host)
+        assert copies.copies == 6
+        assert torch.equal(pages, w.host)
+
+    @pytest.mark.parametrize("first", [1, 3])
+    def test_planted_copies_are_found(self, copies: RegisteredCopies, first: int) -> None:
+        """A copy of two pages, the border between them: by the benchmark itself, and by hand."""
+        w = self.make(copies)
+        pages = torch.empty_like(w.host)
+        for source in (w.host[first : first + 2], w.host.transpose(1, 2)[first : first + 2]):
+            with pytest.raises(InvalidCopy):
+                pages[:2].copy_(source.reshape(pages[:2].shape))
+        cuda_workload.chunk_rows.keywords["chunk_bytes"] = 1 << 30
+        with pytest.raises(InvalidCopy):
+            copy_pages(pages, w.host)
 
 
 def test_table_marks_what_is_missing() -> None:

@@ -180,3 +180,14 @@ def test_appended_rows_and_generations() -> None:
         assert torch.equal(layer.host[page, :, offset, 0], key[token])
         assert torch.equal(layer.host[page, :, offset, 1], value[token])
     assert int((~layer.host.isnan()).sum()) == 3 * KV_HEADS * 2 * HEAD_SIZE
+
+
+@pytest.mark.parametrize(("name", "place"), [("key", 0), ("value", 1), ("host", 2)])
+def test_misaligned_rows_are_refused(name: str, place: int) -> None:
+    """Rows are copied 8 and 16 bytes at a time, which a GPU does at multiples of those alone."""
+    layer = Layer(0)
+    tensors = [torch.zeros(1, KV_HEADS, HEAD_SIZE), torch.zeros(1, KV_HEADS, HEAD_SIZE), layer.host]
+    wrong = tensors[place]
+    tensors[place] = torch.zeros(wrong.numel() + 1)[1:].view(wrong.shape)
+    with pytest.raises(RuntimeError, match=f"{name} must be aligned to"):
+        layer.cache.append(*tensors, torch.tensor([3]))

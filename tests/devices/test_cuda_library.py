@@ -1,5 +1,6 @@
 """What is said of a library of CUDA kernels that is missing or does not load."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,16 @@ def test_library_that_does_not_load_is_named_with_the_loaders_error(library: Pat
     assert "do not load" in message
     assert str(library) in message
     assert "invalid ELF header" in message
+
+
+ROOT = Path(__file__).resolve().parents[2]
+BINDINGS = "".join(path.read_text() for path in sorted((ROOT / "csrc/bindings").glob("cuda*.cpp")))
+LAUNCHING = [body for body in re.split(r"^(?=\w.*\()", BINDINGS, flags=re.MULTILINE) if "stream_of(stream)" in body]
+
+
+@pytest.mark.parametrize("body", LAUNCHING, ids=[body.split("(")[0].split()[-1] for body in LAUNCHING])
+def test_operators_launch_on_the_device_of_their_tensors(body: str) -> None:
+    """And leave the caller's device as it was: a guard is in scope of every launch."""
+    launch = body.index("stream_of(stream)")
+    assert "const DeviceGuard guard(" in body[:launch]
+    assert body.count("check_launch(") == body.count("stream_of(stream)")

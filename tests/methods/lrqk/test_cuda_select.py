@@ -6,7 +6,7 @@ from cpu_kernel_cases import DTYPES, Layer, make_layer
 from emulated import emulated_operators
 from selections import HALF, assert_selects_like
 
-from vllm_lrqk.core.selection import Selection
+from vllm_lrqk.core.selection import Selection, candidate_range
 from vllm_lrqk.methods.lrqk.cuda_select import SelectWorkspace
 from vllm_lrqk.methods.lrqk.score import select
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
@@ -177,3 +177,27 @@ def test_a_batch_that_does_not_fit_is_refused() -> None:
         workspace.select(
             layer.query.repeat(2, 1, 1), layer.factors, layer.block_table.repeat(2, 1), layer.seq_lens.repeat(2), 1.0
         )
+
+
+def test_moments_of_pages_without_candidates_are_not_written() -> None:
+    """A block table is as wide as the longest context may be; what nobody asks for costs no memory traffic."""
+    layer = make_layer([100, 500, 20], LRQKSettings(page_size=16, top_k=50, residual="linear"))
+    selection = run(layer)
+    assert selection.moment is not None
+    _, ends = candidate_range(layer.seq_lens, layer.config)
+    is_asked = torch.arange(selection.moment.shape[2]) * 16 < ends[:, None]
+    assert is_asked.sum(1).tolist() == [3, 28, 0]  # 64 tokens and the open page are recent
+    written = ~selection.moment.isnan()
+    assert torch.equal(written.all(-1), is_asked[:, None].expand(written.shape[:3]))
+    assert torch.equal(written.any(-1), written.all(-1))
+
+
+@pytest.mark.parametrize("shift", [4, 8])
+def test_misaligned_factor_pages_are_refused(shift: int) -> None:
+    """Kernels read 16 bytes at once, which a GPU does at multiples of 16 alone."""
+    layer = make_layer([300], LRQKSettings(page_size=32, top_k=100))
+    raw, workspace = layer.factors.raw, workspace_for(layer)
+    memory = torch.zeros(raw.numel() + shift, dtype=torch.uint8)
+    layer.factors.raw = memory[shift:].view(raw.shape)
+    with pytest.raises(RuntimeError, match="factors must be aligned to 16 bytes"):
+        run(layer, workspace)
