@@ -68,9 +68,9 @@ def test_no_partial_file_is_left(path):
 
 def test_a_file_without_page_frames_has_the_others(tmp_path):
     path = tmp_path / "file"
-    write_calibration(path, identity(), {0: moments(0)}, 10, 256, None)
+    write_calibration(path, identity(), {0: moments(0)}, 10, 256, None, ["MRotaryEmbedding"])
     file = CalibrationFile("aqua.calibration", str(path), identity())
-    assert file.frames is None
+    assert file.frames is None and file.refused == ["MRotaryEmbedding"]
     read = file.moments(LayerPlace(0), 2)
     assert torch.equal(read.query, moments(0).query) and len(read.page_key) == 0
 

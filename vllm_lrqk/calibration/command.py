@@ -113,7 +113,8 @@ def _run(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         errors = error.errors() if hasattr(error, "errors") else []
         raise ConfigError(f"vLLM: {errors[0]['msg'] if errors else error}") from error
-    write_calibration(arguments.output, found.identity, found.layers, arguments.tokens, page_size, found.frames)
+    how = arguments.tokens, page_size, found.frames, found.refused
+    write_calibration(arguments.output, found.identity, found.layers, *how)
     if found.refused:
         forms = ", ".join(found.refused)
         print(f"LRQK cannot use {arguments.output}: keys cannot be rotated back with {forms}. AQUA can.")

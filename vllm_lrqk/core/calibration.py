@@ -4,9 +4,10 @@
                "frames.cos", "frames.sin", float32 [pages, rotary_dim / 2]: the RoPE of the first position of each page,
                as far as the model's context goes
     metadata   "format": FORMAT; "identity": the model, as JSON; "tokens", "page_size": whole numbers;
-               "is_neox_style": of the frames, true or false
+               "is_neox_style": of the frames, true or false; "refused": names of RoPE forms, a JSON list
 
-Where the model's RoPE cannot be turned back, there are no frames and no moments in them.
+Where the model's RoPE cannot be turned back, "refused" names its forms, and there are no frames and no moments in
+them.
 
 Both methods that use it derive their bases when they start: AQUA from "query", "key" and "key_mean", LRQK from the
 moments in page frames.
@@ -14,6 +15,7 @@ moments in page frames.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,12 +80,14 @@ def write_calibration(
     tokens: int,
     page_size: int,
     frames: RotaryTable | None,
+    refused: Sequence[str] = (),
 ) -> None:
     """Write a file in one go: what was there before is replaced when the new file is complete.
 
     Args:
         layers: by the number of the attention layer.
         frames: of pages; None: only moments after RoPE are written.
+        refused: names of the forms of RoPE that are why there are no frames.
     """
     tensors = {}
     for layer, moments in layers.items():
@@ -91,7 +95,7 @@ def write_calibration(
             if frames is not None or not name.startswith("page_"):
                 tensors[f"{layer}.{name}"] = tensor.contiguous()
     metadata = {"format": FORMAT, "identity": json.dumps(asdict(identity))}
-    metadata |= {"tokens": str(tokens), "page_size": str(page_size)}
+    metadata |= {"tokens": str(tokens), "page_size": str(page_size), "refused": json.dumps(list(refused))}
     if frames is not None:
         tensors |= {"frames.cos": frames.cos, "frames.sin": frames.sin}
         metadata["is_neox_style"] = json.dumps(frames.is_neox_style)
@@ -135,6 +139,8 @@ class CalibrationFile:
         """Tokens of the pages of page frames."""
         self.frames: RotaryTable | None = None
         """Of pages, by their number in a request; None where the model's RoPE cannot be turned back."""
+        self.refused: list[str] = json.loads(metadata.get("refused", "[]"))
+        """Forms of RoPE that cannot be."""
         self._names = set(self._file.keys())
         if "is_neox_style" in metadata:
             cos, sin = (self._file.get_tensor(f"frames.{part}") for part in ("cos", "sin"))

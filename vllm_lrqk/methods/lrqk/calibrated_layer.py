@@ -16,8 +16,9 @@ def check_calibration(file: CalibrationFile, config: LRQKSettings, model: ModelF
     """Raise ConfigError for a file whose page frames do not serve these settings."""
     path = f"lrqk.calibration is {config.calibration!r}"
     if file.frames is None:
+        forms = ", ".join(file.refused) or "its RoPE"
         raise ConfigError(
-            f"{path}, which has no page frames, as keys of {model.name} cannot be rotated back: "
+            f"{path}, which has no page frames, as keys of {model.name} cannot be rotated back with {forms}: "
             'set lrqk.factorization to "lrqk".'
         )
     if file.page_size != config.page_size:
