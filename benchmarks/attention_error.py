@@ -31,9 +31,11 @@ from vllm_lrqk.evaluation.attention.decoding import (  # noqa: E402
     relative_error,
 )
 from vllm_lrqk.evaluation.attention.generator import SETS, QKVSet, generate  # noqa: E402
+from vllm_lrqk.evaluation.attention.lola import lola_decode  # noqa: E402
 from vllm_lrqk.evaluation.attention.qkv import QKV  # noqa: E402
 from vllm_lrqk.evaluation.reference.published_attention import PublishedSettings  # noqa: E402
 from vllm_lrqk.methods.aqua.settings import AquaSettings  # noqa: E402
+from vllm_lrqk.methods.lola.settings import LolaSettings  # noqa: E402
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings  # noqa: E402
 
 TOP_K, RECENT_TOKENS = 512, 64
@@ -64,7 +66,7 @@ class Calibrated:
         return paged_decode(qkv, steps, config, layer=layer)
 
 
-Configuration = LRQKSettings | PublishedSettings | Calibrated | AquaSettings
+Configuration = LRQKSettings | PublishedSettings | Calibrated | AquaSettings | LolaSettings
 CONFIGURATIONS: dict[str, Configuration] = {
     BASELINE: PublishedSettings(rank=32, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
     "published, rank 16": PublishedSettings(rank=16, top_k=TOP_K, recent_tokens=RECENT_TOKENS),
@@ -110,6 +112,10 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "AQUA 0.75, stored 0.75": AquaSettings(keep=0.75, stored=0.75),
     "AQUA 1.0, int8": AquaSettings(keep=1.0, key_dtype="int8"),
     "AQUA 0.5, int8": AquaSettings(keep=0.5, key_dtype="int8"),
+    "LoLA": LolaSettings(),
+    "LoLA, cache 764": LolaSettings(cache=764),
+    "LoLA, cache at random": LolaSettings(select="random"),
+    "window 492": LolaSettings(window=416, cache=12, state="none"),
 }
 
 
@@ -120,6 +126,9 @@ def measure(spec: QKVSet, qkv: QKV, dense: torch.Tensor, steps: int, configurati
         figures = {"device_bytes": published.device_bytes()}
     elif isinstance(configuration, AquaSettings):
         output, device_bytes = aqua_decode(qkv, steps, configuration)
+        figures = {"device_bytes": device_bytes}
+    elif isinstance(configuration, LolaSettings):
+        output, device_bytes = lola_decode(qkv, steps, configuration)
         figures = {"device_bytes": device_bytes}
     else:
         if isinstance(configuration, Calibrated):

@@ -1,6 +1,7 @@
 """LoLA in a real engine: constant memory per request, and tokens that do not show how vLLM scheduled them."""
 
 import pytest
+from calibrations import calibration_of
 from engines import counters, engine, greedy, scheduler, tiny_llama, token_prompts
 from startup import sentence, start
 
@@ -61,6 +62,25 @@ def test_a_window_over_all_tokens_is_dense(model):
 def test_schedules_do_not_show(model, alone, settings):
     with lola(model, **settings) as llm:
         assert tokens(llm, token_prompts(LENGTHS)) == alone
+
+
+def test_prefix_caching_is_switched_off(model, alone):
+    """As docs/lola.md says: the same prompt again is computed again."""
+    with lola(model, enable_prefix_caching=True) as llm:
+        assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+        for _ in range(2):
+            assert tokens(llm, token_prompts(LENGTHS)[-1:]) == alone[-1:]
+
+
+def test_calibrated_directions_serve(model, alone):
+    """They change what the state recalls, and cuts and company do not show with them either."""
+    settings = SMALL | {"directions": calibration_of(model)}
+    with lola(model, settings, max_num_seqs=1) as llm:
+        calibrated = [tokens(llm, [prompt])[0] for prompt in token_prompts(LENGTHS)]
+    with lola(model, settings, max_num_seqs=4, max_num_batched_tokens=60) as llm:
+        assert tokens(llm, token_prompts(LENGTHS)) == calibrated
+    assert calibrated[:2] == alone[:2]  # nothing leaves the window
+    assert calibrated[-1] != alone[-1]
 
 
 def test_small_memory_does_not_show(model, alone):

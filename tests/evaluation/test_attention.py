@@ -131,7 +131,10 @@ SHAPES = [Shape(8, 2, 64, 2, 900, 1000), Shape(32, 8, 128, 2, 30000, 32000), Sha
 @pytest.mark.parametrize("name", METHODS)
 @given(share=st.floats(0.01, 1.0))
 def test_bytes_are_equal(name, shape, share):
-    """No more than the budget, and less only by the row per head that does not fit, or where all rows are there."""
+    """No more than the budget, and less only by the row per head that does not fit, or where all rows are there.
+
+    Of LoLA each row has a position, and sections are padded to 64 bytes.
+    """
     budget = int(share * shape.dense_bytes)
     plan = METHODS[name].plan(shape, budget, SETTINGS)
     if plan is None:
@@ -140,7 +143,8 @@ def test_bytes_are_equal(name, shape, share):
     assert plan.device_bytes <= budget
     heads = shape.heads if METHODS[name].is_per_query_head else shape.kv_heads
     most = shape.prompt_tokens if name == "published" else shape.tokens
-    assert plan.hot_rows == most or budget - plan.device_bytes < heads * shape.row_bytes
+    row_bytes = shape.row_bytes + 64 if name == "lola" else shape.row_bytes
+    assert plan.hot_rows == most or budget - plan.device_bytes < heads * (row_bytes + 1)
 
 
 @pytest.mark.parametrize("name", ["lrqk-mean", "quest", "random", "oracle"])

@@ -12,13 +12,18 @@ at the end of the run. Bookkeeping of some bytes per row or page is left out for
 - published: everything is per query head, keys and values of a group repeated; the cache is the working set of top_k
   and recent rows, without the quarter. Its rank is the largest of 32, 16, 8, 4 whose factors take at most half, or 4.
 - window: the rows of a step are the cache.
+- lola: nothing is kept in CPU memory; rows beside the slope state, split as by default. top_k are those of its cache.
 - oracle: its scores are those of dense attention and cost nothing. It is a bound, not a method.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from vllm_lrqk.evaluation.attention.lola import settings_within
 from vllm_lrqk.evaluation.attention.qkv import QKV
+from vllm_lrqk.methods.lola.format import MemoryFormat
 from vllm_lrqk.methods.lrqk.format import PageFormat
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
 
@@ -141,3 +146,13 @@ def plan_window(shape: Shape, budget: int, settings: Settings) -> Plan | None:
     rows = min(budget // row_bytes, shape.tokens)
     window = rows - settings.sink_tokens
     return Plan(window, rows, rows * row_bytes) if window > 0 else None
+
+
+def plan_lola(shape: Shape, budget: int, settings: Settings) -> Plan | None:
+    """Window, cache and state, whatever the length."""
+    dtype = torch.float32 if shape.item_bytes == 4 else torch.bfloat16
+    found = settings_within(budget // shape.kv_heads, shape.head_size, dtype, settings.sink_tokens)
+    if found is None:
+        return None
+    memory_format = MemoryFormat(found, shape.head_size, dtype)
+    return Plan(found.cache, found.ring_rows + found.cache, shape.kv_heads * memory_format.block_bytes)

@@ -13,6 +13,7 @@ from vllm_lrqk.evaluation.attention import budgets
 from vllm_lrqk.evaluation.attention.budgets import QUEST_PAGE, Plan, Planner, Settings
 from vllm_lrqk.evaluation.attention.decoding import PagedLayer
 from vllm_lrqk.evaluation.attention.exact import ExactStep
+from vllm_lrqk.evaluation.attention.lola import LolaRun, settings_within
 from vllm_lrqk.evaluation.attention.qkv import QKV
 from vllm_lrqk.evaluation.reference.published_attention import PublishedAttention, PublishedSettings
 from vllm_lrqk.methods.lrqk.settings import LRQKSettings
@@ -145,6 +146,20 @@ def window(qkv: QKV, plan: Plan, settings: Settings) -> Step:
     return step
 
 
+def lola(qkv: QKV, plan: Plan, settings: Settings) -> Step:
+    """LoLA as this package serves it, in its plain torch form."""
+    kv_heads, head_size = qkv.key.shape[1:]
+    budget = plan.device_bytes // kv_heads
+    split = settings_within(budget, head_size, qkv.key.dtype, settings.sink_tokens)
+    assert split is not None
+    run = LolaRun(qkv, split)
+
+    def step(exact: ExactStep) -> Attended:
+        return Attended(run.decode(), *run.attended())
+
+    return step
+
+
 def random(qkv: QKV, plan: Plan, settings: Settings) -> Step:
     """Sinks, recent tokens, and others drawn anew in every step."""
     generator = torch.Generator().manual_seed(0)
@@ -186,6 +201,7 @@ METHODS = {
     "published": Method(budgets.plan_published, published, is_per_query_head=True),
     "quest": Method(budgets.plan_quest, quest),
     "window": Method(budgets.plan_window, window),
+    "lola": Method(budgets.plan_lola, lola, has_residual=True),
     "random": Method(budgets.plan_random, random),
     "oracle": Method(budgets.plan_oracle, oracle),
 }
