@@ -47,7 +47,7 @@ def candidate_range(seq_lens: torch.Tensor, budget: Budget) -> tuple[int, torch.
 
 
 def heaviest(weight: torch.Tensor, group: int, budget: Budget) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top_k candidates by weight, and which of them are selected.
+    """The top_k candidates by weight, of equal ones the older, and which of them are selected.
 
     With top_p < 1 a candidate is selected while those before it (heavier ones, or earlier ones of equal weight)
     carry less than top_p of the weight of all candidates, which is `group`: each head's softmax sums to 1.
@@ -59,10 +59,15 @@ def heaviest(weight: torch.Tensor, group: int, budget: Budget) -> tuple[torch.Te
     Returns:
         int64 and bool [B, KV, min(top_k, T)], token positions in any order.
     """
-    capacity = min(budget.top_k, weight.shape[-1])
+    capacity, weight = min(budget.top_k, weight.shape[-1]), weight.nan_to_num(-1.0)
     if budget.top_p == 1:
-        top = weight.topk(capacity, dim=-1, sorted=False)
-        return top.indices, top.values >= 0
+        least = weight.topk(capacity, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        is_heavier, is_tie = weight > least, weight == least
+        places = capacity - is_heavier.sum(-1, keepdim=True)
+        chosen = is_heavier | (is_tie & (is_tie.cumsum(-1) <= places))
+        position = torch.arange(weight.shape[-1], device=weight.device).where(chosen, weight.shape[-1])
+        tokens = position.topk(capacity, dim=-1, largest=False).values
+        return tokens, weight.gather(-1, tokens) >= 0
     values, tokens = (x[..., :capacity] for x in weight.sort(dim=-1, descending=True, stable=True))
     before = values.clamp_min(0).cumsum(-1) - values
     return tokens, (values >= 0) & (before < budget.top_p * group)

@@ -81,6 +81,15 @@ def check_selection(name: str, layer: Layer) -> None:
             )
 
 
+def test_torch_chooses_the_oldest_of_equal_weights() -> None:
+    for top_k in (1, 77, 600):
+        layer = make_layer([1000], LRQKSettings(page_size=32, top_k=top_k))
+        layer.query.zero_()
+        expected = [*range(4 + top_k), *range(1000 - 64, 1000)]
+        for head in torch_kernels().select(*layer.select_arguments()).positions[0]:
+            assert head[head >= 0].sort().values.tolist() == expected
+
+
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 class TestAgainstTorch:
     @pytest.mark.parametrize("length", [1, 2, 31, 63, 64, 65, 160, 161, 171, 172, 173, 500, 1000, 2047])
@@ -201,12 +210,19 @@ class TestAgainstTorch:
         plain = torch_kernels().select(*layer.select_arguments())
         assert (plain.residual - expected.residual).abs().median() > 10 * SCORE_ERROR
 
-    def test_equal_weights_choose_top_k(self, name: str) -> None:
-        layer = make_layer([1000], LRQKSettings(page_size=32, top_k=77))
+    @pytest.mark.parametrize("top_k", [1, 77, 600])
+    def test_of_equal_weights_the_oldest_are_chosen(self, name: str, top_k: int) -> None:
+        """Weights are rounded relative to what was seen before a page, so they are equal within pages only."""
+        layer = make_layer([1000], LRQKSettings(page_size=32, top_k=top_k))
         layer.query.zero_()
         with force_kernels(name) as kernels:
-            rows = kernels.select(*layer.select_arguments()).positions
-        assert ((rows >= 0).sum(-1) == 77 + 64 + 4).all()
+            rows = kernels.select(*layer.select_arguments()).positions[0]
+        for head in rows:
+            chosen = sorted(p for p in head.tolist() if 4 <= p < 1000 - 64)
+            assert len(chosen) == top_k
+            for page in {p // 32 for p in chosen}:
+                here = [p for p in chosen if p // 32 == page]
+                assert here == list(range(here[0], here[0] + len(here))) and here[0] in (page * 32, 4)
 
     def test_threads_do_not_change_the_result(self, name: str) -> None:
         layer = make_layer([5000], LRQKSettings(page_size=256, top_k=600), torch.bfloat16, kv_heads=1)
