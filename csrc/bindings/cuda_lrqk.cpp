@@ -58,8 +58,8 @@ void cuda_select(const Tensor query, const Tensor factors, const Tensor block_ta
                               moment->size(2) == a.pages && moment->size(3) == a.layout.value_rank),
                   "moment must be [requests, heads, pages, value_rank], beside a residual");
   check_heads(a.heads, a.kv_heads, a.heads);
-  STD_TORCH_CHECK(a.head_size % 4 == 0 && a.head_size <= 256, "the head size is ", a.head_size,
-                  ", but must be a multiple of 4, at most 256");
+  STD_TORCH_CHECK(a.head_size % 8 == 0 && a.head_size <= 256, "the head size is ", a.head_size,
+                  ", but must be a multiple of 8, at most 256");
   STD_TORCH_CHECK(a.pages * page_size < int64_t{1} << kPositionBits, "contexts must be shorter than 2^22 tokens");
   STD_TORCH_CHECK(carve_state(a.scratch, static_cast<uint8_t*>(state.data_ptr()), max_requests, a.heads, a.kv_heads) <=
                       state.numel(),

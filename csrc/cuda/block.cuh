@@ -162,6 +162,26 @@ __device__ inline float to_float(const void* data, DType dtype, int64_t index) {
   return __half2float(static_cast<const __half*>(data)[index]);
 }
 
+// 2^value, off by 2^-22 of it at most; 0 below float32's normal numbers.
+__device__ inline float power_of_two(float value) {
+#ifdef __CUDA_ARCH__
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(value));
+  return value;
+#else
+  return exp2f(value);
+#endif
+}
+
+// The logarithm of a normal number to base 2, off by 2^-22, or by 2^-22 of it.
+__device__ inline float log_two(float value) {
+#ifdef __CUDA_ARCH__
+  asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(value));
+  return value;
+#else
+  return log2f(value);
+#endif
+}
+
 __device__ inline float half_bits_to_float(unsigned bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }

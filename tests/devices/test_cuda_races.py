@@ -22,11 +22,11 @@ PLANTED = {
         "clear_bins",
     ),
     "a missing barrier of the warp": (
-        "cuda/lrqk/score.cu",
-        "cuda/lrqk/products.cuh",
-        "highest / kMost;\n  __syncwarp();",
-        "highest / kMost;",
-        "Products",
+        "cuda/lrqk/score_int8.cu",
+        "cuda/lrqk/score_int8.cu",
+        "    }\n  }\n  __syncwarp();\n}",
+        "    }\n  }\n}",
+        "score_int8_kernel",
     ),
     "a missing fence before the arrival": (
         WEIGH,

@@ -10,10 +10,8 @@ namespace lrqk::cuda {
 
 constexpr float kLog2e = 1.44269504088896340736f;
 
-// Element `e` of a 4-byte word of the key factor.
-template <bool kIsInt8>
-__device__ inline float word_element(unsigned word, int e) {
-  if constexpr (kIsInt8) return static_cast<float>(static_cast<signed char>(word >> (8 * e)));
+// Element `e` of a word of two.
+__device__ inline float bfloat16_element(unsigned word, int e) {
   return __uint_as_float(e == 0 ? word << 16 : word & 0xffff0000u);
 }
 
@@ -35,25 +33,28 @@ __device__ inline HeadBlock head_block(const SelectArgs& a) {
   return {kv_head, first, min(kHeads, group - g), static_cast<int64_t>(blockIdx.z) * a.heads + first};
 }
 
-// Calls `start` with two constants: whether the factors are int8, and the heads of a block.
+// This lane's elements of one head's query: `kQuads` times four neighbours.
+template <int kQuads>
+__device__ inline void load_query(const SelectArgs& a, int64_t head, bool is_head, float (&query)[kQuads * 4]) {
+#pragma unroll
+  for (int i = 0; i < kQuads * 4; ++i) {
+    const int column = (i / 4 * 32 + lane_index()) * 4 + i % 4;
+    query[i] = is_head && column < a.head_size ? to_float(a.query, a.dtype, head + column) : 0.0f;
+  }
+}
+
+// Calls `start` with a constant: the heads of a block.
 template <class Start>
-void with_factors(const SelectArgs& a, const Start& start) {
-  const auto with_heads = [&](auto is_int8) {
-    const int group = a.heads / a.kv_heads;
-    if (group == 1) {
-      start(is_int8, std::integral_constant<int, 1>{});
-    } else if (group == 2) {
-      start(is_int8, std::integral_constant<int, 2>{});
-    } else if (group <= 4) {
-      start(is_int8, std::integral_constant<int, 4>{});
-    } else {
-      start(is_int8, std::integral_constant<int, 8>{});
-    }
-  };
-  if (a.layout.is_int8) {
-    with_heads(std::true_type{});
+void with_heads(const SelectArgs& a, const Start& start) {
+  const int group = a.heads / a.kv_heads;
+  if (group == 1) {
+    start(std::integral_constant<int, 1>{});
+  } else if (group == 2) {
+    start(std::integral_constant<int, 2>{});
+  } else if (group <= 4) {
+    start(std::integral_constant<int, 4>{});
   } else {
-    with_heads(std::false_type{});
+    start(std::integral_constant<int, 8>{});
   }
 }
 

@@ -28,7 +28,9 @@ struct SelectArgs : TopKArgs {
 
 cudaError_t select(const SelectArgs&, cudaStream_t);
 
-void score(const SelectArgs&, cudaStream_t);
-void moment(const SelectArgs&, cudaStream_t);
+void score_int8(const SelectArgs&, cudaStream_t);
+void score_bfloat16(const SelectArgs&, cudaStream_t);
+void moment_int8(const SelectArgs&, cudaStream_t);
+void moment_bfloat16(const SelectArgs&, cudaStream_t);
 
 }  // namespace lrqk::cuda

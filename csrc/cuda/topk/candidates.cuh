@@ -26,6 +26,8 @@ __device__ inline int tile_tokens(const TopKArgs& a) { return min(a.page_size, k
 __device__ inline int tiles_per_head(const TopKArgs& a) { return a.pages * (a.page_size / tile_tokens(a)); }
 __device__ inline int64_t tokens_per_head(const TopKArgs& a) { return static_cast<int64_t>(a.pages) * a.page_size; }
 
+__device__ inline int64_t left_words_per_head(const TopKArgs& a) { return ceil_div<int64_t>(tokens_per_head(a), 32); }
+
 // Weights are not negative, so that their bits order like the numbers; 0 is left for tokens that are no candidates.
 __device__ inline unsigned key_of(float weight) { return weight > 0.0f ? __float_as_uint(weight) + 1 : 1u; }
 __device__ inline int first_digit(unsigned key) { return static_cast<int>(key >> 20); }
@@ -33,29 +35,6 @@ __device__ inline int first_digit(unsigned key) { return static_cast<int>(key >>
 // Keys made distinct: of two equal weights the earlier token is max.
 __device__ inline unsigned long long composite_of(unsigned key, int position) {
   return (static_cast<unsigned long long>(key) << kPositionBits) | ((1u << kPositionBits) - 1 - position);
-}
-
-// A page of one request, and the keys of one of its KV heads.
-struct Page {
-  int first_token, size, tiles;
-  const unsigned* keys;  // of all tokens
-};
-
-// Four bits per tile: which of the lane's four tokens are selected.
-__device__ inline unsigned selected_tokens(const Page& page, const Candidates& c, unsigned long long threshold) {
-  unsigned flags = 0;
-  for (int t = 0; t < page.tiles; ++t) {
-    if (lane_index() * 4 >= page.size) continue;
-    const int position = page.first_token + t * page.size + lane_index() * 4;
-    const uint4 words = *reinterpret_cast<const uint4*>(page.keys + position);
-    const unsigned key[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool is_selected = c.has(position + i) && composite_of(key[i], position + i) >= threshold;
-      flags |= static_cast<unsigned>(is_selected) << (t * 4 + i);
-    }
-  }
-  return flags;
 }
 
 }  // namespace lrqk::cuda

@@ -8,6 +8,9 @@ namespace {
 
 constexpr int kTieBits = 20 + kPositionBits;  // of a composite, below the first digit
 constexpr int kDigitBits = 11;
+constexpr int kTokens = 4;  // per thread and turn: one 16-byte read
+
+constexpr int kNoDigit = -2;  // below every bin
 
 // What refine() looks at: the listed ties or, where there are too many, all candidates.
 struct Ties {
@@ -65,11 +68,15 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const TopKArgs a) {
   const int bin = item.bin;
   const int begin = chunk * kChunkTokens, end = min(begin + kChunkTokens, c.end);
   int above = 0, equal = 0;
-  for (int position = begin + threadIdx.x; position < end; position += kThreads) {
-    if (position < c.first) continue;
-    const int digit = first_digit(keys[position]);
-    above += digit > bin;
-    equal += digit == bin;
+  for (int position = begin + threadIdx.x * kTokens; position < end; position += kThreads * kTokens) {
+    const uint4 words = *reinterpret_cast<const uint4*>(keys + position);
+    const unsigned key[kTokens] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int digit = c.has(position + i) ? first_digit(key[i]) : kNoDigit;
+      above += digit > bin;
+      equal += digit == bin;
+    }
   }
   int num_ties;
   int place = block_scan(equal, num_ties);
@@ -80,10 +87,12 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const TopKArgs a) {
   }
   __syncthreads();
   place += first_place;
-  for (int position = begin + threadIdx.x; equal && position < end; position += kThreads) {
-    if (position < c.first || first_digit(keys[position]) != bin) continue;
-    if (place < kMaxTies) list[place] = position;
-    ++place;
+  for (int first = begin + threadIdx.x * kTokens; equal && first < end; first += kThreads * kTokens) {
+    for (int position = first; position < first + kTokens; ++position) {
+      if (!c.has(position) || first_digit(keys[position]) != bin) continue;
+      if (place < kMaxTies) list[place] = position;
+      ++place;
+    }
   }
   if (!is_last_block(&item.collected, gridDim.x)) return;
   const int listed = static_cast<int>(__ldcg(&item.num_ties));

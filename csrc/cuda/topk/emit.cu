@@ -34,20 +34,32 @@ struct Tokens {
   unsigned is_candidate, is_selected;
 };
 
+// The threshold of composites, as a key and the last position that is selected with it.
+struct Threshold {
+  unsigned key;
+  int last;
+  __device__ explicit Threshold(unsigned long long composite)
+      : key(static_cast<unsigned>(composite >> kPositionBits)),
+        last(static_cast<int>(~composite & ((1u << kPositionBits) - 1))) {}
+  __device__ bool selects(unsigned other, int position) const {
+    return (other > key) | ((other == key) & (position <= last));  // no branches
+  }
+};
+
 __device__ inline Tokens read_tokens(const unsigned* keys, const Candidates& c, int position,
-                                     unsigned long long threshold) {
+                                     const Threshold& threshold) {
   Tokens tokens{};
   if (position >= c.end || position + kLaneTokens <= c.first) return tokens;
   const uint4 low = *reinterpret_cast<const uint4*>(keys + position);
   const uint4 high = *reinterpret_cast<const uint4*>(keys + position + 4);
   const unsigned key[kLaneTokens] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  const int before = max(c.first - position, 0), until = min(c.end - position, kLaneTokens);
+  tokens.is_candidate = ((1u << until) - 1) & ~((1u << before) - 1);
 #pragma unroll
   for (int i = 0; i < kLaneTokens; ++i) {
-    const bool is_candidate = c.has(position + i);
-    const bool is_selected = is_candidate && composite_of(key[i], position + i) >= threshold;
-    tokens.is_candidate |= static_cast<unsigned>(is_candidate) << i;
-    tokens.is_selected |= static_cast<unsigned>(is_selected) << i;
+    tokens.is_selected |= static_cast<unsigned>(threshold.selects(key[i], position + i)) << i;
   }
+  tokens.is_selected &= tokens.is_candidate;
   return tokens;
 }
 
@@ -59,29 +71,42 @@ struct Deltas {
   }
 };
 
+constexpr int kMostLanes = kTileTokens / kLaneTokens;  // of a tile
+
 // The sum over the lanes of this lane's tile, `lanes` neighbours.
 __device__ inline float sum_of_tile(float value, int lanes) {
-  for (int width = lanes / 2; width > 0; width /= 2) value += __shfl_xor_sync(kAllLanes, value, width);
+#pragma unroll
+  for (int width = kMostLanes / 2; width > 0; width /= 2) {
+    if (width < lanes) value += __shfl_xor_sync(kAllLanes, value, width);
+  }
   return value;
 }
 
 __device__ inline float highest_of_tile(float value, int lanes) {
-  for (int width = lanes / 2; width > 0; width /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, width));
+#pragma unroll
+  for (int width = kMostLanes / 2; width > 0; width /= 2) {
+    if (width < lanes) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, width));
+  }
   return value;
 }
 
+// A lane's eight tokens, and the tile that they are in.
+struct Place {
+  int position, tile, lanes;
+  bool is_inside;  // of the pages
+};
+
 // log2 of the sum of 2^score over what is left of this lane's tile, for one head. All lanes of the warp call it.
-__device__ inline float left_of_tile(const TopKArgs& a, int64_t head, int position, unsigned left, bool is_cut) {
-  const int size = tile_tokens(a), lanes = size / kLaneTokens;
-  const int64_t tile = head * tiles_per_head(a) + position / size;
-  const bool is_inside = position < a.pages * a.page_size;
-  const float tile_max = is_inside ? a.scratch.tile_max[tile] : -INFINITY;
+__device__ inline float left_of_tile(const TopKArgs& a, int64_t head, const Place& place, unsigned left, bool is_cut) {
+  const int lanes = place.lanes;
+  const int64_t tile = head * tiles_per_head(a) + place.tile;
+  const float tile_max = place.is_inside ? a.scratch.tile_max[tile] : -INFINITY;
   Deltas delta{};
   float sum = 0.0f;
   if (is_cut && left) {
-    delta.words = *reinterpret_cast<const uint4*>(a.scratch.delta + head * tokens_per_head(a) + position);
+    delta.words = *reinterpret_cast<const uint4*>(a.scratch.delta + head * tokens_per_head(a) + place.position);
 #pragma unroll
-    for (int i = 0; i < kLaneTokens; ++i) sum += (left >> i) & 1u ? exp2f(delta[i]) : 0.0f;
+    for (int i = 0; i < kLaneTokens; ++i) sum += (left >> i) & 1u ? power_of_two(delta[i]) : 0.0f;
   }
   sum = sum_of_tile(sum, lanes);
   if (!is_cut && left) sum = a.scratch.tile_sum[tile];
@@ -95,14 +120,15 @@ __device__ inline float left_of_tile(const TopKArgs& a, int64_t head, int positi
     highest = highest_of_tile(highest, lanes);
     float again = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kLaneTokens; ++i) again += is_lost && (left >> i) & 1u ? exp2f(delta[i] - highest) : 0.0f;
+    for (int i = 0; i < kLaneTokens; ++i)
+      again += is_lost && (left >> i) & 1u ? power_of_two(delta[i] - highest) : 0.0f;
     again = sum_of_tile(again, lanes);
     if (is_lost) {
       sum = again;
       shift = highest;
     }
   }
-  return sum > 0.0f ? tile_max + shift + log2f(sum) : -INFINITY;
+  return sum > 0.0f ? tile_max + shift + log_two(sum) : -INFINITY;
 }
 
 // Grid: (chunks, KV, B).
@@ -125,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const TopKArgs a) {
     return;
   }
   const unsigned* keys = a.scratch.keys + index * tokens_per_head(a);
-  const unsigned long long threshold = a.scratch.items[index].threshold;
+  const Threshold threshold(a.scratch.items[index].threshold);
   Tokens tokens[kSpansPerWarp];
   int place[kSpansPerWarp];  // of the lane's first selected token among those of the span
 #pragma unroll
@@ -145,12 +171,18 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const TopKArgs a) {
     int own = before + place[i];
     for (int s = 0; s < span; ++s) own += span_count[s];
     const int position = first_token + span * kSpanTokens + lane_index() * kLaneTokens;
-#pragma unroll
-    for (int j = 0; j < kLaneTokens; ++j) {
-      if ((tokens[i].is_selected >> j) & 1u) positions[own++] = position + j;
+    for (unsigned rest = tokens[i].is_selected; rest; rest &= rest - 1) {
+      positions[own++] = position + __popc((rest & (0u - rest)) - 1u);
     }
   }
   if (!a.residual) return;
+  uint8_t* left_bytes = reinterpret_cast<uint8_t*>(a.scratch.left + index * left_words_per_head(a));
+#pragma unroll
+  for (int i = 0; i < kSpansPerWarp; ++i) {
+    const int position = first_token + (i * kWarps + warp_index()) * kSpanTokens + lane_index() * kLaneTokens;
+    if (position >= a.pages * a.page_size) continue;
+    left_bytes[position / kLaneTokens] = static_cast<uint8_t>(tokens[i].is_candidate & ~tokens[i].is_selected);
+  }
 
   const int size = tile_tokens(a), lanes = size / kLaneTokens, tiles = a.page_size / size;
   const unsigned own_tile = ((1u << lanes) - 1) << (lane_index() / lanes * lanes);
@@ -162,11 +194,13 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const TopKArgs a) {
       const unsigned left = tokens[i].is_candidate & ~tokens[i].is_selected;
       const bool is_cut = __ballot_sync(kAllLanes, tokens[i].is_selected) & own_tile;
       const unsigned having = __ballot_sync(kAllLanes, left) & own_tile;
+      const int position = first_token + in_chunk, tile_in_chunk = in_chunk / size;
+      const Place place{position, first_token / size + tile_in_chunk, lanes, position < a.pages * a.page_size};
+      // The first lane of the tile that has something left speaks for it; without one the first lane does.
+      const int speaker = having ? __popc((having & (0u - having)) - 1u) : lane_index() / lanes * lanes;
       for (int h = 0; h < heads; ++h) {
-        const float value = left_of_tile(a, head + g + h, first_token + in_chunk, left, is_cut);
-        // The first lane of the tile that has something left speaks for it; without one the first lane does.
-        const int speaker = having ? __popc((having & (0u - having)) - 1u) : lane_index() / lanes * lanes;
-        if (lane_index() == speaker) left_of[h][in_chunk / size] = value;
+        const float value = left_of_tile(a, head + g + h, place, left, is_cut);
+        if (lane_index() == speaker) left_of[h][tile_in_chunk] = value;
       }
     }
     __syncthreads();
@@ -175,8 +209,9 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const TopKArgs a) {
       const float* of_page = &left_of[h][page * tiles];
       float highest = of_page[0], sum = 0.0f;
       for (int t = 1; t < tiles; ++t) highest = fmaxf(highest, of_page[t]);
-      for (int t = 0; t < tiles && highest > -INFINITY; ++t) sum += exp2f(of_page[t] - highest);
-      a.residual[(head + g + h) * a.pages + first_page + page] = sum > 0.0f ? (highest + log2f(sum)) * kLn2 : -INFINITY;
+      for (int t = 0; t < tiles && highest > -INFINITY; ++t) sum += power_of_two(of_page[t] - highest);
+      a.residual[(head + g + h) * a.pages + first_page + page] =
+          sum > 0.0f ? (highest + log_two(sum)) * kLn2 : -INFINITY;
     }
     __syncthreads();
   }

@@ -41,6 +41,7 @@ int64_t carve_scratch(TopKScratch& scratch, uint8_t* memory, int64_t requests, i
   scratch.tile_sum = carver.take<float>(requests * heads * (tokens / tile));
   scratch.log_sum = carver.take<float>(requests * heads);
   scratch.keys = carver.take<unsigned>(requests * kv_heads * tokens);
+  scratch.left = carver.take<unsigned>(requests * kv_heads * ceil_div<int64_t>(tokens, 32));
   scratch.ties = carver.take<int>(requests * kv_heads * kMaxTies);
   scratch.chunk_counts = carver.take<int>(requests * kv_heads * ceil_div<int64_t>(tokens, kChunkTokens));
   return carver.used();

@@ -36,6 +36,7 @@ struct TopKScratch {
   float* tile_sum;    // [B, H, tiles] of 2^delta over the tile's candidates
   float* log_sum;     // [B, H], log2 of the sum of 2^score over all candidates
   unsigned* keys;     // [B, KV, P * N]
+  unsigned* left;     // [B, KV, P * N / 32, rounded up] a bit for each candidate that is not selected; with residual
   int* ties;          // [B, KV, kMaxTies] positions
   int* chunk_counts;  // [B, KV, chunks] selected tokens
 };

@@ -21,7 +21,7 @@ __device__ inline void sum_weights(const TopKArgs& a, int64_t head, int position
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const unsigned bits = i % 2 == 0 ? pair[i / 2] & 0xffffu : pair[i / 2] >> 16;
-      weight[i] += exp2f(half_bits_to_float(bits) + shift);
+      weight[i] += power_of_two(half_bits_to_float(bits) + shift);
     }
   }
 }

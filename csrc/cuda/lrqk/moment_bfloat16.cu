@@ -1,4 +1,5 @@
-// The mean key factor of what is left of each page: of its unselected candidates, weighted with exp(score).
+// The mean key factor of what is left of each page, for bfloat16 factors: of its unselected candidates, weighted with
+// exp(score).
 //
 // A warp works on one page. The lanes split the tokens; their sums, value_rank * heads of them, are exchanged in a
 // butterfly.
@@ -22,16 +23,16 @@ __device__ inline void load_shares(const SelectArgs& a, const HeadBlock& block, 
     const float shift = a.scratch.tile_max[head * tiles_per_head(a) + position / tile_tokens(a)] - log_left[g];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if ((tokens >> i) & 1u) shares[i][g] = exp2f(half_bits_to_float(bits[i]) + shift);
+      if ((tokens >> i) & 1u) shares[i][g] = power_of_two(half_bits_to_float(bits[i]) + shift);
     }
   }
 }
 
 // Adds one tile: sums[column * kHeads + g] += share * A, over its tokens. A lane's sums are its own.
-template <bool kIsInt8, int kHeads>
+template <int kHeads>
 __device__ inline void add_tile(const SelectArgs& a, const uint8_t* page, int token, bool is_active,
                                 const float (&shares)[4][kHeads], float* sums) {
-  constexpr int kElements = kIsInt8 ? 4 : 2, kColumns = 32 / kHeads;
+  constexpr int kElements = 2, kColumns = 32 / kHeads;
   for (int column = 0; column < a.layout.value_rank; column += kColumns) {
     float v[32] = {};
 #pragma unroll
@@ -45,7 +46,7 @@ __device__ inline void add_tile(const SelectArgs& a, const uint8_t* page, int to
       for (int e = 0; e < kElements; ++e) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float x = word_element<kIsInt8>(of_token[i], e);
+          const float x = bfloat16_element(of_token[i], e);
 #pragma unroll
           for (int g = 0; g < kHeads; ++g) v[(w * kElements + e) * kHeads + g] += x * shares[i][g];
         }
@@ -57,8 +58,8 @@ __device__ inline void add_tile(const SelectArgs& a, const uint8_t* page, int to
 
 // Grid: (pages by warps, KV * blocks of kHeads heads, B). Reads what emit wrote; pages without candidates
 // keep whatever is in their place.
-template <bool kIsInt8, int kHeads>
-__global__ void __launch_bounds__(kThreads) moment_kernel(const SelectArgs a) {
+template <int kHeads>
+__global__ void __launch_bounds__(kThreads) moment_bfloat16_kernel(const SelectArgs a) {
   __shared__ float all_sums[kWarps][kMaxRank * kHeads];
   float* sums = all_sums[warp_index()];
   const HeadBlock block = head_block<kHeads>(a);
@@ -75,20 +76,17 @@ __global__ void __launch_bounds__(kThreads) moment_kernel(const SelectArgs a) {
   if (log_left[0] > -INFINITY) {
     const int size = tile_tokens(a);
     const int64_t index = static_cast<int64_t>(request) * a.kv_heads + block.kv_head;
-    const Page tokens{p * a.page_size, size, a.page_size / size, a.scratch.keys + index * tokens_per_head(a)};
-    const unsigned selected = selected_tokens(tokens, c, a.scratch.items[index].threshold);
+    const unsigned* left_words = a.scratch.left + index * left_words_per_head(a);
     const int page_id = a.block_table[request * a.block_table_stride + p];
     const uint8_t* page = a.factors.data + page_id * a.factors.page_stride + block.kv_head * a.factors.head_stride;
     const bool is_active = lane_index() * 4 < size;
-    for (int t = 0; t < tokens.tiles; ++t) {
-      const int token = t * size + lane_index() * 4, position = tokens.first_token + token;
-      unsigned left = 0;
-      for (int i = 0; i < 4; ++i) left |= static_cast<unsigned>(is_active && c.has(position + i)) << i;
-      left &= ~(selected >> (t * 4));
+    for (int t = 0; t < a.page_size / size; ++t) {
+      const int token = t * size + lane_index() * 4, position = p * a.page_size + token;
+      const unsigned left = is_active ? left_words[position / 32] >> position % 32 & 0xfu : 0;
       if (!__ballot_sync(kAllLanes, left)) continue;
       float shares[4][kHeads] = {};
       if (left) load_shares<kHeads>(a, block, log_left, position, left, shares);
-      add_tile<kIsInt8, kHeads>(a, page, token, is_active, shares, sums);
+      add_tile<kHeads>(a, page, token, is_active, shares, sums);
     }
   }
   for (int i = lane_index(); i < value_rank * kHeads; i += 32) {
@@ -99,11 +97,11 @@ __global__ void __launch_bounds__(kThreads) moment_kernel(const SelectArgs a) {
 
 }  // namespace
 
-void moment(const SelectArgs& a, cudaStream_t stream) {
-  with_factors(a, [&](auto is_int8, auto heads) {
+void moment_bfloat16(const SelectArgs& a, cudaStream_t stream) {
+  with_heads(a, [&](auto heads) {
     constexpr int kHeads = decltype(heads)::value;
     const dim3 grid(ceil_div(a.pages, kWarps), a.kv_heads * head_blocks<kHeads>(a), a.requests);
-    launch(moment_kernel<decltype(is_int8)::value, kHeads>, grid, kThreads, stream, a);
+    launch(moment_bfloat16_kernel<kHeads>, grid, kThreads, stream, a);
   });
 }
 

@@ -1,15 +1,13 @@
-// Proxy scores: per page the projected query q X, fused with the dot products with the page's key factor.
+// Proxy scores of bfloat16 factors: per page the projected query q X, fused with the dot products with the page's key
+// factor.
 //
 // A warp works on one page at a time. The lanes split the head size for q X (its rank * heads sums are exchanged in a
-// butterfly), and the tokens for the scores. The block that arrives last sums over all tiles of its heads.
+// butterfly), and the tokens for the scores.
+#include "cuda/lrqk/log_sum.cuh"
 #include "cuda/lrqk/products.cuh"
-#include "cuda/lrqk/select.h"
-#include "cuda/topk/candidates.cuh"
 
 namespace lrqk::cuda {
 namespace {
-
-constexpr float kLowestDelta = -60000.0f;  // a finite float16
 
 // Writes a tile's highest score, its scores less that, and the sum of their powers of two. `head` is the first of
 // `heads` that are stored.
@@ -30,7 +28,7 @@ __device__ inline void store_tile(const SelectArgs& a, int64_t head, int heads, 
       const float delta = is_candidate ? fmaxf(scores[i][g] - highest, kLowestDelta) : -INFINITY;
       bits[i] = __half_as_ushort(__float2half_rn(delta));
       // Of the rounded number: sums and weights that are read back later then agree.
-      sum += exp2f(half_bits_to_float(bits[i]));
+      sum += power_of_two(half_bits_to_float(bits[i]));
     }
     sum = warp_sum(sum);
     if (is_active) {
@@ -44,28 +42,11 @@ __device__ inline void store_tile(const SelectArgs& a, int64_t head, int heads, 
   }
 }
 
-// log2 of the sum of 2^score of one head's candidates. Every thread of the block calls it.
-__device__ inline void sum_head(const SelectArgs& a, const Candidates& c, int64_t head) {
-  const int size = tile_tokens(a);
-  const float* tile_max = a.scratch.tile_max + head * tiles_per_head(a);
-  const float* tile_sum = a.scratch.tile_sum + head * tiles_per_head(a);
-  const int first = c.first / size, end = ceil_div(c.end, size);
-  float highest = -INFINITY;
-  for (int i = first + threadIdx.x; i < end; i += blockDim.x) highest = fmaxf(highest, __ldcg(tile_max + i));
-  highest = block_combine(highest, true);
-  float sum = 0.0f;
-  for (int i = first + threadIdx.x; i < end; i += blockDim.x) {
-    sum += __ldcg(tile_sum + i) * exp2f(__ldcg(tile_max + i) - highest);
-  }
-  sum = block_combine(sum, false);
-  if (threadIdx.x == 0) a.scratch.log_sum[head] = highest + log2f(sum);
-}
-
 // Grid: (page ranges, KV * blocks of kHeads heads, B).
-template <bool kIsInt8, int kHeads, int kQuads>
-__global__ void __launch_bounds__(kThreads) score_kernel(const SelectArgs a) {
-  using Product = Products<kIsInt8, kHeads, kQuads>;
-  __shared__ __align__(16) float all_weights[kWarps][(Product::kSharedWords + 3) / 4 * 4];
+template <int kHeads, int kQuads>
+__global__ void __launch_bounds__(kThreads) score_bfloat16_kernel(const SelectArgs a) {
+  using Product = Products<kHeads, kQuads>;
+  __shared__ __align__(16) float all_weights[kWarps][kMaxRank * kHeads];
   float* weights = all_weights[warp_index()];
   const int request = blockIdx.z;
   const HeadBlock block = head_block<kHeads>(a);
@@ -96,21 +77,19 @@ __global__ void __launch_bounds__(kThreads) score_kernel(const SelectArgs a) {
       store_tile<kHeads>(a, block.head, block.heads, p * tiles + t, position, is_active, scores);
     }
   }
-  if (!is_last_block(a.scratch.scored + block.head, gridDim.x)) return;
-  for (int g = 0; g < block.heads; ++g) sum_head(a, c, block.head + g);
+  sum_heads_at_last(a, c, block);
 }
 
 }  // namespace
 
-void score(const SelectArgs& a, cudaStream_t stream) {
-  with_factors(a, [&](auto is_int8, auto heads) {
-    constexpr bool kIsInt8 = decltype(is_int8)::value;
+void score_bfloat16(const SelectArgs& a, cudaStream_t stream) {
+  with_heads(a, [&](auto heads) {
     constexpr int kHeads = decltype(heads)::value;
     const dim3 grid(ceil_div(a.pages, 2 * kWarps), a.kv_heads * head_blocks<kHeads>(a), a.requests);
     if (a.head_size <= 128) {
-      launch(score_kernel<kIsInt8, kHeads, 1>, grid, kThreads, stream, a);
+      launch(score_bfloat16_kernel<kHeads, 1>, grid, kThreads, stream, a);
     } else {
-      launch(score_kernel<kIsInt8, kHeads, 2>, grid, kThreads, stream, a);
+      launch(score_bfloat16_kernel<kHeads, 2>, grid, kThreads, stream, a);
     }
   });
 }
