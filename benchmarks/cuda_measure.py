@@ -207,9 +207,12 @@ class StepUnderTest:
     def attend(self) -> None:
         w, parts = self.w, self.path._parts
         splits = self.path._splits(w.shape.batch)
-        parts = parts.cut(w.shape.batch * w.shape.kv_heads, splits)
+        kinds = 1 if self.selection.residual is None else 2
+        parts = parts.cut(w.shape.batch * w.shape.kv_heads, kinds * splits)
         left = (self.selection.residual, w.factors, w.block_table, self.selection.moment)
-        triton_attend.attend_rows(w.query, self.hot.rows, self.resolved.address, w.scale, parts, 0, splits, *left)
+        triton_attend.attend_rows(w.query, self.hot.rows, self.resolved.address, w.scale, parts, 0, splits)
+        if kinds == 2:
+            triton_attend.attend_rows(w.query, self.hot.rows, None, w.scale, parts, splits, splits, *left)
         triton_parts.combine(parts, self.output)
 
     def error(self) -> float:

@@ -29,8 +29,9 @@ def make_source(kernel: Any, signature: dict[str, str], constants: dict[str, Any
     return ASTSource(kernel, signature, constants, attrs=aligned)
 
 
-def attend_source(dtype: str, group: int, head_size: int, factor: str | None = None) -> ASTSource:
-    """With the type of linear values, or for the pages' mean values alone."""
+def attend_source(dtype: str, group: int, head_size: int, pages: str | None = None) -> ASTSource:
+    """For rows, or for the residual of pages: with the type of linear values, or by the pages' "mean" values alone."""
+    factor = None if pages == "mean" else pages
     element = TYPES[dtype]
     signature = dict.fromkeys(triton_attend._attend_kernel.arg_names, "i32")
     signature |= {"query": f"*{element}", "base": f"*{element}", "address": "*i64", "residual": "*fp32"}
@@ -39,7 +40,8 @@ def attend_source(dtype: str, group: int, head_size: int, factor: str | None = N
     signature |= dict.fromkeys(("moment", "value_scale", "key_factor_mean"), "*fp32")
     signature |= dict.fromkeys(("part_output", "part_max", "part_sum"), "*fp32")
     constants = {
-        "HAS_RESIDUAL": True,
+        "HAS_ROWS": pages is None,
+        "HAS_RESIDUAL": pages is not None,
         "VALUE_RANK": 16 if factor else 0,
         "KV_HEADS": 8,
         "GROUP": group,
@@ -63,10 +65,10 @@ def combine_source(dtype: str) -> ASTSource:
 
 
 def main() -> None:
-    sources = {f"attend {dtype} {group} {size}": attend_source(dtype, group, size)
+    sources = {f"attend rows {dtype} {group} {size}": attend_source(dtype, group, size)
                for dtype in TYPES for group, size in ((4, 128), (7, 96), (1, 64))}  # fmt: skip
-    sources |= {f"attend {dtype} linear {kind}": attend_source(dtype, 4, 128, kind)
-                for dtype in TYPES for kind in ("i8", "bf16")}  # fmt: skip
+    sources |= {f"attend pages {dtype} {kind}": attend_source(dtype, 4, 128, kind)
+                for dtype in TYPES for kind in ("mean", "i8", "bf16")}  # fmt: skip
     sources |= {f"combine {dtype}": combine_source(dtype) for dtype in TYPES}
     for capability in map(int, sys.argv[1:]):
         for name, source in sources.items():

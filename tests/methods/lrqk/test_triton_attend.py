@@ -33,11 +33,12 @@ def run(batch: Batch, selection: Selection, splits: int = 3, parts: int | None =
     arguments = (selection.residual, batch.factors, batch.block_table, selection.moment)
     if parts is None:
         triton_attend.attend_rows(batch.query, batch.host, address, batch.scale, memory, 0, splits, *arguments)
-    else:  # every other row comes later
+    else:  # every other row comes later, and the residual is a part of its own
         is_late = torch.arange(address.shape[-1]) % 2 == 1
         soon, late = address.masked_fill(is_late, -1), address.masked_fill(~is_late, -1)
-        triton_attend.attend_rows(batch.query, batch.host, soon, batch.scale, memory, 0, splits, *arguments)
-        triton_attend.attend_rows(batch.query, batch.host, late, batch.scale, memory, splits, parts - splits)
+        triton_attend.attend_rows(batch.query, batch.host, soon, batch.scale, memory, 0, splits)
+        triton_attend.attend_rows(batch.query, batch.host, late, batch.scale, memory, splits, parts - splits - 1)
+        triton_attend.attend_rows(batch.query, batch.host, None, batch.scale, memory, parts - 1, 1, *arguments)
     triton_parts.combine(memory, output)
     return output
 
@@ -91,7 +92,7 @@ def test_splits(splits: int, residual: str) -> None:
 
 def test_rows_that_come_later() -> None:
     config = replace(CONFIG, top_k=150)
-    check(make_batch(LENGTHS, config), config, splits=2, parts=3)
+    check(make_batch(LENGTHS, config), config, splits=2, parts=4)
 
 
 @pytest.mark.parametrize("residual", ["linear", "mean"])

@@ -1,13 +1,17 @@
 """One decode step of one layer on a CUDA device, from the new rows to the attention output.
 
     append -> select -> resolve -> fetch (copy stream)
-                          |         \\
-                          attend to what is there -> attend to what was fetched -> combine
+                 |        |         \\
+                 |        attend to what is there -> attend to what was fetched -> combine
+                 |                                                              /
+                 attend to the residual (side stream) --------------------------
 
 Nothing waits for the host, every size follows from the block table's and the batch's shape, and a request of length 0
 is padding: a step can be captured into a CUDA graph and replayed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,9 +53,14 @@ class DecodePath:
         hot_slots = hot_blocks_per_request * hot_format.rows_per_block
         self.resolved = Resolved.allocate(max_requests, kv_heads, config.attended_rows, hot_slots, device)
         self.multiprocessors = multiprocessors(device)
-        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copy_stream, self.side_stream = (
+            torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2)
+        )
+        self._kinds_of_parts = 2 if config.residual == "none" else 3
         most = max(requests * self._splits(requests) for requests in range(1, max_requests + 1))
-        self._parts = triton_parts.allocate_parts(most, kv_heads, 2, heads // kv_heads, hot_format.head_size, device)
+        self._parts = triton_parts.allocate_parts(
+            most, kv_heads, self._kinds_of_parts, heads // kv_heads, hot_format.head_size, device
+        )
 
     def _splits(self, requests: int) -> int:
         return triton_attend.num_splits(requests * self.kv_heads, self.config.attended_rows, self.multiprocessors)
@@ -107,34 +116,43 @@ class DecodePath:
             seq_lens: int32 [B], the current token included; 0 for padding, whose output is zero.
         """
         selection = self.workspace.select(query, factors, block_table, seq_lens, scale)
+        splits = self._splits(len(query))
+        parts = self._parts.cut(len(query) * self.kv_heads, self._kinds_of_parts * splits)
+        if selection.residual is not None:
+            left = (selection.residual, factors, block_table, selection.moment)
+            with self._beside(self.side_stream, query.device):
+                triton_attend.attend_rows(query, hot.rows, None, scale, parts, 2 * splits, splits, *left)
         resolved = self.resolved.first(len(query))
         hot.resolve(selection.positions, block_table, seq_lens, hot_blocks, self.config.page_size, resolved)
-        self._fetch(hot, host, key, value, resolved)
-        splits = self._splits(len(query))
-        parts = self._parts.cut(len(query) * self.kv_heads, 2 * splits)
-        left = (selection.residual, factors, block_table, selection.moment)
-        triton_attend.attend_rows(query, hot.rows, resolved.address, scale, parts, 0, splits, *left)
-        if self.copy_stream is not None:
-            torch.cuda.current_stream(query.device).wait_stream(self.copy_stream)
+        with self._beside(self.copy_stream, query.device):
+            hot.fetch(host, key, value, resolved)
+        triton_attend.attend_rows(query, hot.rows, resolved.address, scale, parts, 0, splits)
+        self._join(self.copy_stream, query.device)
         triton_attend.attend_rows(query, hot.rows, resolved.miss_address, scale, parts, splits, splits)
+        self._join(self.side_stream, query.device)
         triton_parts.combine(parts, output)
         return selection
 
-    def _fetch(
-        self, hot: DeviceHotCache, host: torch.Tensor, key: torch.Tensor, value: torch.Tensor, resolved: Resolved
-    ) -> None:
-        if self.copy_stream is None:
-            hot.fetch(host, key, value, resolved)
+    @contextmanager
+    def _beside(self, stream: Any, device: torch.device) -> Iterator[None]:
+        """Launch on another stream, behind what was launched so far; in place where there are no streams."""
+        if stream is None:
+            yield
             return
-        self.copy_stream.wait_stream(torch.cuda.current_stream(key.device))
-        with torch.cuda.stream(self.copy_stream):
-            hot.fetch(host, key, value, resolved)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            yield
+
+    def _join(self, stream: Any, device: torch.device) -> None:
+        """Launch nothing more before what was launched beside is done."""
+        if stream is not None:
+            torch.cuda.current_stream(device).wait_stream(stream)
 
     def warm_up(self, host: torch.Tensor, factors: FactorPages, hot: DeviceHotCache, scale: float) -> None:
         """Run steps of padding alone, one for each program that Triton compiles for some number of requests."""
         compiled: set[int] = set()
         for requests in range(1, self.workspace.max_requests + 1):
-            program = triton_parts.parts_block(2 * self._splits(requests))
+            program = triton_parts.parts_block(self._kinds_of_parts * self._splits(requests))
             if program in compiled:
                 continue
             compiled.add(program)

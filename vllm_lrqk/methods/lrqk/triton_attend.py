@@ -1,7 +1,8 @@
 """Flash-decode over rows at given addresses, with the residual of the other pages folded in: a Triton kernel.
 
 The rows of one KV head are split over programs, each of which leaves its part: output, maximum and sum, which
-`triton_parts.combine` merges. A part may come from any rows: those that are still on their way can follow later.
+`triton_parts.combine` merges. A part may come from any rows, or from the residual alone: rows that are still on their
+way can follow later, and the residual need not wait for any. A program with one of them takes fewer registers.
 
 Shapes: B requests, H query heads, KV kv heads, G = H / KV, d head size, R capacity for rows, P pages, v columns of key
 factors that values follow.
@@ -51,6 +52,7 @@ def _attend_kernel(
     pages,
     parts,
     first_part,
+    HAS_ROWS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     VALUE_RANK: tl.constexpr,  # 0: the pages' mean values alone
     KV_HEADS: tl.constexpr,
@@ -75,25 +77,26 @@ def _attend_kernel(
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     output = tl.zeros([GROUP_BLOCK, HEAD_BLOCK], tl.float32)
 
-    share = tl.cdiv(tl.cdiv(capacity, TILE), splits) * TILE
-    for start in range(split * share, tl.minimum((split + 1) * share, capacity), TILE):
-        place = start + tl.arange(0, TILE)
-        at = tl.load(address + item * capacity + place, mask=place < capacity, other=-1)
-        if tl.max(at, 0) >= 0:
-            is_row = at >= 0
-            # Rows are aligned to 16 bytes; saying so lets the compiler read 16 bytes at once.
-            row = base + (at // 16 * (16 // ROW_ITEM_BYTES))[:, None] + column[None, :]
-            mask = is_row[:, None] & is_column[None, :]
-            key = tl.load(row, mask=mask, other=0.0).to(DOT)
-            value = tl.load(row + HEAD_SIZE, mask=mask, other=0.0).to(DOT)
-            score = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
-            score = tl.where(is_row[None, :], score, float("-inf"))
-            new = tl.maximum(highest, tl.max(score, 1))
-            shift = tl.where(new == float("-inf"), 0.0, new)
-            kept, weight = tl.exp2(highest - shift), tl.exp2(score - shift[:, None])
-            total = total * kept + tl.sum(weight, 1)
-            output = output * kept[:, None] + tl.dot(weight.to(DOT), value, input_precision="ieee")
-            highest = new
+    if HAS_ROWS:
+        share = tl.cdiv(tl.cdiv(capacity, TILE), splits) * TILE
+        for start in range(split * share, tl.minimum((split + 1) * share, capacity), TILE):
+            place = start + tl.arange(0, TILE)
+            at = tl.load(address + item * capacity + place, mask=place < capacity, other=-1)
+            if tl.max(at, 0) >= 0:
+                is_row = at >= 0
+                # Rows are aligned to 16 bytes; saying so lets the compiler read 16 bytes at once.
+                row = base + (at // 16 * (16 // ROW_ITEM_BYTES))[:, None] + column[None, :]
+                mask = is_row[:, None] & is_column[None, :]
+                key = tl.load(row, mask=mask, other=0.0).to(DOT)
+                value = tl.load(row + HEAD_SIZE, mask=mask, other=0.0).to(DOT)
+                score = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
+                score = tl.where(is_row[None, :], score, float("-inf"))
+                new = tl.maximum(highest, tl.max(score, 1))
+                shift = tl.where(new == float("-inf"), 0.0, new)
+                kept, weight = tl.exp2(highest - shift), tl.exp2(score - shift[:, None])
+                total = total * kept + tl.sum(weight, 1)
+                output = output * kept[:, None] + tl.dot(weight.to(DOT), value, input_precision="ieee")
+                highest = new
 
     if HAS_RESIDUAL:
         page_share = tl.cdiv(tl.cdiv(pages, TILE), splits) * TILE
@@ -154,7 +157,7 @@ def num_splits(items: int, capacity: int, multiprocessors: int) -> int:
 def attend_rows(
     query: torch.Tensor,
     base: torch.Tensor,
-    address: torch.Tensor,
+    address: torch.Tensor | None,
     scale: float,
     parts: Parts,
     first_part: int,
@@ -164,17 +167,18 @@ def attend_rows(
     block_table: torch.Tensor | None = None,
     moment: torch.Tensor | None = None,
 ) -> None:
-    """Attend to rows and, if given, to the residual of pages; fills `splits` parts from `first_part` on.
+    """Attend to rows or to the residual of pages, or to both; fills `splits` parts from `first_part` on.
 
     Args:
         query: [B, H, d].
         base: memory of the rows, whose first element has address 0; the row's elements are of its dtype.
         address: int64 [B, KV, R], bytes, multiples of 16; a row is its key followed by its value; negative: no row.
+            None: the residual alone.
         residual: float32 [B, H, P], see `Selection`; needs factors and block_table int32 [B, P].
         moment: float32 [B, H, P, v], see `Selection`; needs residual, and factors with linear values.
     """
     requests, heads, head_size = query.shape
-    kv_heads, capacity = address.shape[1:]
+    kv_heads = parts.output.shape[0] // requests
     group = heads // kv_heads
     has_residual = residual is not None and factors is not None and block_table is not None
     # Triton's interpreter multiplies the bits of bfloat16.
@@ -191,7 +195,7 @@ def attend_rows(
     _attend_kernel[(requests * kv_heads, splits)](
         query,
         base,
-        address,
+        query if address is None else address,
         residual if has_residual else query,
         moment if moment is not None else query,
         mean,
@@ -209,10 +213,11 @@ def attend_rows(
         *projection.stride()[:2],
         *scale_of_column.stride()[:2],
         block_table.stride(0) if block_table is not None else 0,
-        capacity,
+        0 if address is None else address.shape[2],
         residual.shape[2] if residual is not None else 0,
         parts.output.shape[1],
         first_part,
+        HAS_ROWS=address is not None,
         HAS_RESIDUAL=has_residual,
         VALUE_RANK=moment.shape[3] if moment is not None else 0,
         KV_HEADS=kv_heads,
