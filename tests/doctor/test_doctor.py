@@ -101,3 +101,13 @@ def test_a_faulty_kernel_is_found(fault: str, monkeypatch: pytest.MonkeyPatch, c
         command.main([])
     assert ended.value.code == 1
     assert "PROBLEM" in capsys.readouterr().out
+
+
+def test_memory_nodes_are_named_with_what_binds_a_gpus_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Host pages lie where the process that registers them may allocate: by default on any node."""
+    monkeypatch.setattr(machine, "NODES", tmp_path)
+    for nodes, status in ((1, "fine"), (2, "note")):
+        (tmp_path / f"node{nodes}").mkdir()
+        found = next(found for found in machine.findings() if found.topic == "NUMA")
+        assert found.status == status
+    assert "--numa-bind" in found.remedy

@@ -4,6 +4,8 @@ The same tokens as the plain path shows that steps, block tables, sealing betwee
 streams and pinned memory are not there; tests/methods/lrqk/test_capture_safety.py and tests/gpu have those.
 """
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,19 +54,23 @@ def on_emulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
     use_host_attention(monkeypatch)
 
 
+def backends_of(llm: Any) -> list[Any]:
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    return [layer.impl for layer in layers if hasattr(layer, "impl")]
+
+
 def test_same_tokens_and_counts(model: Any, plain: Any, on_emulated_device: None) -> None:
     expected, counted = plain
     with engine(model, SETTINGS | {"hot_cache": True}, **BATCHES) as llm:
         from vllm_lrqk.methods.lrqk.cuda_decoder import CudaDecoder
 
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        layers = worker.vllm_config.compilation_config.static_forward_context.values()
-        decoders = [layer.impl.layer.decoder for layer in layers if hasattr(layer, "impl")]
+        backends = backends_of(llm)
+        decoders = [backend.layer.decoder for backend in backends]
         assert len(decoders) == 2
         assert all(isinstance(decoder, CudaDecoder) for decoder in decoders)
         assert decoders[0].path is decoders[1].path
         pinned = Runtime()
-        backends = [layer.impl for layer in layers if hasattr(layer, "impl")]
         backends[0].worker._pinned.append(PinnedMemory(torch.zeros(100), pinned))
         outputs = greedy(llm, token_prompts(LENGTHS), COUNT)
         assert [list(output.token_ids) for output in outputs] == expected
@@ -100,7 +106,18 @@ def test_preempted_and_cached_pages(model: Any, on_emulated_device: None) -> Non
         scheduler(llm)._preempt_request = count
         assert [list(output.token_ids) for output in greedy(llm, prompts, 24)] == expected
         assert preempted
+        backends = backends_of(llm)
+        for backend in backends:  # as vLLM does when it loads other weights
+            before = backend.layer, backend.workspace
+            backend.process_weights_after_loading(torch.float32)
+            assert all(a is b for a, b in zip(before, (backend.layer, backend.workspace)))
         assert list(greedy(llm, prompts[1:2], 6)[0].token_ids) == expected[1][:6]  # with a cached prefix
+        tensors = [(backend.layer.factors.raw, backend.layer.decoder.hot.raw) for backend in backends]
+        memory = [weakref.ref(tensor) for pair in tensors for tensor in pair]
+        del tensors, before, backend
+    gc.collect()
+    assert not any(reference() is not None for reference in memory)  # vLLM's blocks go with the shutdown
+    assert all(backend._companion.kv_cache.numel() == 0 for backend in backends)
 
 
 def test_drafted_tokens(model: Any, plain: Any, on_emulated_device: None) -> None:

@@ -47,7 +47,7 @@ def _nodes() -> Finding:
     if nodes > 1:
         remedy = (
             "on the CPU platform give one rank to each node (--tensor-parallel-size), "
-            "on a GPU start vLLM with numactl --membind at the GPU's node"
+            "on a GPU start vLLM with --numa-bind, or with numactl --membind at the GPU's node"
         )
         return Finding("NUMA", "note", f"{nodes} nodes: rows from another node's memory come slower", remedy)
     return Finding("NUMA", "fine", f"{nodes or 'no'} node{'s' * (nodes != 1)}")
