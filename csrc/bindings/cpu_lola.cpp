@@ -9,8 +9,30 @@
 namespace lrqk {
 namespace {
 
+void check_maps(const LolaArgs& a, const Tensor& query_maps, const Tensor& key_maps, const Tensor& bias,
+                const Tensor& kappa, const KernelTable& kernels) {
+  const LolaTokens& t = a.tokens;
+  const int64_t columns = a.memory.num_features / 2;
+  STD_TORCH_CHECK(columns % (2 * kernels.vector_elements) == 0, "a feature map has ", columns,
+                  " columns, but must have a multiple of ", 2 * kernels.vector_elements);
+  check_cpu(query_maps, "query_maps", 3, ScalarType::Float);
+  check_cpu(key_maps, "key_maps", 3, ScalarType::Float);
+  check_cpu(bias, "bias", 1, ScalarType::Float);
+  check_cpu(kappa, "kappa", 2, ScalarType::Float);
+  const auto is_map = [&](const Tensor& map, int64_t heads) {
+    return map.is_contiguous() && map.size(0) == heads && map.size(1) == t.head_size && map.size(2) == columns;
+  };
+  STD_TORCH_CHECK(is_map(query_maps, t.heads) && is_map(key_maps, t.kv_heads),
+                  "feature maps must be contiguous [heads, head size, columns]");
+  STD_TORCH_CHECK(bias.is_contiguous() && bias.size(0) == t.heads, "bias must be contiguous [H]");
+  STD_TORCH_CHECK(
+      kappa.is_contiguous() && (kappa.size(0) == 0 || kappa.size(0) == t.heads) && kappa.size(1) == t.head_size,
+      "kappa must be contiguous [H, head size], or have no rows");
+}
+
 LolaArgs lola_args(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& memory,
                    const std::vector<int64_t>& layout, const Tensor& query_directions, const Tensor& key_directions,
+                   const Tensor& query_maps, const Tensor& key_maps, const Tensor& bias, const Tensor& kappa,
                    double scale, double ridge, double least_variance, const Tensor& output, int64_t instruction_set) {
   const ScalarType dtype = query.scalar_type();
   check_cpu(query, "query", 3, dtype);
@@ -42,6 +64,13 @@ LolaArgs lola_args(const Tensor& query, const Tensor& key, const Tensor& value, 
   }
   a.query_directions = static_cast<const float*>(query_directions.data_ptr());
   a.key_directions = static_cast<const float*>(key_directions.data_ptr());
+  if (a.memory.num_features > 0) {
+    check_maps(a, query_maps, key_maps, bias, kappa, kernels_of(instruction_set));
+    a.query_maps = static_cast<const float*>(query_maps.data_ptr());
+    a.key_maps = static_cast<const float*>(key_maps.data_ptr());
+    a.bias = static_cast<const float*>(bias.data_ptr());
+    a.kappa = kappa.size(0) > 0 ? static_cast<const float*>(kappa.data_ptr()) : nullptr;
+  }
   a.scale = static_cast<float>(scale);
   a.ridge = static_cast<float>(ridge);
   a.least_variance = static_cast<float>(least_variance);
@@ -50,10 +79,11 @@ LolaArgs lola_args(const Tensor& query, const Tensor& key, const Tensor& value, 
 
 void cpu_lola_decode(const Tensor query, const Tensor key, const Tensor value, Tensor memory,
                      std::vector<int64_t> layout, const Tensor query_directions, const Tensor key_directions,
+                     const Tensor query_maps, const Tensor key_maps, const Tensor bias, const Tensor kappa,
                      double scale, double ridge, double least_variance, const Tensor blocks, const Tensor seq_lens,
                      Tensor output, int64_t instruction_set) {
-  auto a = lola_args(query, key, value, memory, layout, query_directions, key_directions, scale, ridge, least_variance,
-                     output, instruction_set);
+  auto a = lola_args(query, key, value, memory, layout, query_directions, key_directions, query_maps, key_maps, bias,
+                     kappa, scale, ridge, least_variance, output, instruction_set);
   STD_TORCH_CHECK(blocks.dim() == 1 && blocks.scalar_type() == ScalarType::Int, "blocks must be int32 [B]");
   check_cpu(seq_lens, "seq_lens", 1, ScalarType::Int);
   STD_TORCH_CHECK(blocks.size(0) >= a.tokens.count && seq_lens.size(0) >= a.tokens.count,
@@ -66,10 +96,11 @@ void cpu_lola_decode(const Tensor query, const Tensor key, const Tensor value, T
 
 void cpu_lola_prefill(const Tensor query, const Tensor key, const Tensor value, Tensor memory,
                       std::vector<int64_t> layout, const Tensor query_directions, const Tensor key_directions,
+                      const Tensor query_maps, const Tensor key_maps, const Tensor bias, const Tensor kappa,
                       double scale, double ridge, double least_variance, int64_t block, int64_t context_len,
                       Tensor output, int64_t instruction_set) {
-  auto a = lola_args(query, key, value, memory, layout, query_directions, key_directions, scale, ridge, least_variance,
-                     output, instruction_set);
+  auto a = lola_args(query, key, value, memory, layout, query_directions, key_directions, query_maps, key_maps, bias,
+                     kappa, scale, ridge, least_variance, output, instruction_set);
   STD_TORCH_CHECK(block >= 0 && block < memory.size(0), "there is no block ", block);
   const int32_t only = static_cast<int32_t>(block);
   a.blocks = &only;
@@ -85,11 +116,13 @@ std::string cpu_lola_layout() { return kLolaLayoutNames; }
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_lrqk, m) {
   m.def(
       "cpu_lola_decode(Tensor query, Tensor key, Tensor value, Tensor(a!) memory, int[] layout, "
-      "Tensor query_directions, Tensor key_directions, float scale, float ridge, float least_variance, Tensor blocks, "
+      "Tensor query_directions, Tensor key_directions, Tensor query_maps, Tensor key_maps, Tensor bias, Tensor kappa, "
+      "float scale, float ridge, float least_variance, Tensor blocks, "
       "Tensor seq_lens, Tensor(b!) output, int instruction_set) -> ()");
   m.def(
       "cpu_lola_prefill(Tensor query, Tensor key, Tensor value, Tensor(a!) memory, int[] layout, "
-      "Tensor query_directions, Tensor key_directions, float scale, float ridge, float least_variance, int block, "
+      "Tensor query_directions, Tensor key_directions, Tensor query_maps, Tensor key_maps, Tensor bias, Tensor kappa, "
+      "float scale, float ridge, float least_variance, int block, "
       "int context_len, Tensor(b!) output, int instruction_set) -> ()");
   m.def("cpu_lola_layout() -> str");
 }

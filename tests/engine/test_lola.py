@@ -1,9 +1,12 @@
 """LoLA in a real engine: constant memory per request, and tokens that do not show how vLLM scheduled them."""
 
 import pytest
+import torch
 from calibrations import calibration_of
 from engines import counters, engine, greedy, scheduler, tiny_llama, token_prompts
+from safetensors.torch import save_file
 from startup import sentence, start
+from transformers import AutoConfig
 
 pytestmark = pytest.mark.engine
 
@@ -81,6 +84,24 @@ def test_calibrated_directions_serve(model, alone):
         assert tokens(llm, token_prompts(LENGTHS)) == calibrated
     assert calibrated[:2] == alone[:2]  # nothing leaves the window
     assert calibrated[-1] != alone[-1]
+
+
+@pytest.mark.parametrize("key_heads", [2, 4], ids=["maps per KV head", "maps per query head"])
+def test_hedgehog_maps_serve(model, alone, tmp_path, key_heads):
+    """Random maps: what the state recalls is another, and cuts and company do not show."""
+    maps, generator = {}, torch.Generator().manual_seed(0)
+    for layer in range(AutoConfig.from_pretrained(model).num_hidden_layers):
+        for name, heads in (("query_map", 4), ("key_map", key_heads)):
+            maps[f"layers.{layer}.{name}"] = 0.2 * torch.randn(heads, 64, 64, generator=generator)
+    save_file(maps, tmp_path / "maps.safetensors")
+    settings = {"window": 32, "chunk": 16, "cache": 24, "state": "hedgehog"}
+    settings["feature_maps"] = str(tmp_path / "maps.safetensors")
+    with lola(model, settings, max_num_seqs=1) as llm:
+        hedgehog = [tokens(llm, [prompt])[0] for prompt in token_prompts(LENGTHS)]
+    with lola(model, settings, max_num_seqs=4, max_num_batched_tokens=60) as llm:
+        assert tokens(llm, token_prompts(LENGTHS)) == hedgehog
+    assert hedgehog[:2] == alone[:2]  # nothing leaves the window
+    assert hedgehog[-1] != alone[-1]
 
 
 def test_small_memory_does_not_show(model, alone):

@@ -50,6 +50,7 @@ def make_maps(
     head_size: int = HEAD_SIZE,
     with_kappa: bool = True,
     per_query_head: bool = False,
+    features: int = FEATURES,
     seed: int = 1,
 ) -> FeatureMaps:
     generator = torch.Generator().manual_seed(seed)
@@ -59,8 +60,8 @@ def make_maps(
 
     heads = kv_heads * group
     return FeatureMaps(
-        normal(heads, head_size, FEATURES),
-        normal(heads if per_query_head else kv_heads, head_size, FEATURES),
+        normal(heads, head_size, features),
+        normal(heads if per_query_head else kv_heads, head_size, features),
         normal(heads),
         0.1 * normal(heads, head_size) if with_kappa else None,
     )
@@ -96,9 +97,10 @@ def make_memory(
     head_size: int = HEAD_SIZE,
     dtype: torch.dtype = torch.float32,
     fill: int = 0xFF,
+    features: int = FEATURES,
 ) -> Memory:
     """Memory full of one byte; 0xFF is NaN in every floating-point type."""
-    memory_format = MemoryFormat(settings, head_size, dtype, 2 * FEATURES)
+    memory_format = MemoryFormat(settings, head_size, dtype, 2 * features)
     return Memory(torch.full((blocks, heads, memory_format.block_bytes), fill, dtype=torch.uint8), memory_format)
 
 

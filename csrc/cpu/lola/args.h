@@ -1,4 +1,4 @@
-// Arguments of LoLA's CPU kernels; cpu/args.h has the shapes. Besides: r directions.
+// Arguments of LoLA's CPU kernels; cpu/args.h has the shapes. Besides: r directions, f columns of a feature map.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +32,10 @@ struct LolaArgs {
   LolaMemory memory;
   const float* query_directions;  // [KV, r, d] contiguous
   const float* key_directions;    // [KV, r, d] contiguous
+  const float* query_maps;        // hedgehog: [H, d, f] contiguous
+  const float* key_maps;          // hedgehog: [KV, d, f] contiguous
+  const float* bias;              // hedgehog: [H], of the balance
+  const float* kappa;             // hedgehog: [H, d] contiguous, or null: the balance follows the largest score
   const int32_t* blocks;          // decode: [B]; prefill: one
   int64_t blocks_stride;
   const int32_t* seq_lens;  // decode: [B], this step's token included; 0: no request

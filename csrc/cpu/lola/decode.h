@@ -9,17 +9,19 @@ namespace lola {
 
 struct DecodeMemory {
   float* query;         // [G, d], in load_pair's order
-  float* natural;       // [G, d]
+  float* natural;       // [G, d]; scaled for the slope state
+  float* features;      // [D]
   float* scores;        // [G, kChunkRows]
   float* rescale;       // [G]
   float* total;         // [d]
   Partial partials[2];  // exact rows, state
 };
 
-inline DecodeMemory take_decode_memory(int64_t group, int64_t head_size, Carver& carver) {
+inline DecodeMemory take_decode_memory(int64_t group, int64_t head_size, int64_t num_features, Carver& carver) {
   DecodeMemory m;
   m.query = carver.take<float>(group * head_size);
   m.natural = carver.take<float>(group * head_size);
+  m.features = carver.take<float>(num_features);
   m.scores = carver.take<float>(group * kChunkRows);
   m.rescale = carver.take<float>(group);
   m.total = carver.take<float>(head_size);
@@ -95,10 +97,10 @@ inline void decode_head(const LolaArgs& a, int64_t request, int64_t head) {
   put_row(memory.ring + (seen - 1) % rows * 2 * d, token_key<T>(t, request, head), token_value<T>(t, request, head), d);
 
   Carver counter(nullptr);
-  take_decode_memory(group, d, counter);
+  take_decode_memory(group, d, a.memory.num_features, counter);
   Carver carver(scratch(Scratch::kTask, counter.used()));
-  const DecodeMemory m = take_decode_memory(group, d, carver);
-  const F factor = set(a.scale * kLog2e);
+  const DecodeMemory m = take_decode_memory(group, d, a.memory.num_features, carver);
+  const F factor = set(a.memory.num_features > 0 ? 1.0f : a.scale * kLog2e);
   for (int g = 0; g < group; ++g) {
     const T* query =
         static_cast<const T*>(t.query) + request * t.query_token_stride + (head * group + g) * t.query_head_stride;
@@ -114,8 +116,13 @@ inline void decode_head(const LolaArgs& a, int64_t request, int64_t head) {
   };
   const int64_t count = cached + seen - first;
   attend_rows<T>(m.query, group, d, row, count, count, m.scores, m.rescale, m.partials[0]);
-  const bool has_state = folded > 0 && a.memory.rank > 0;
-  if (has_state) read_state(a, head, memory, folded, group, m.natural, m.partials[1]);
+  const bool has_features = folded > 0 && a.memory.num_features > 0;
+  const bool has_state = has_features || (folded > 0 && a.memory.rank > 0);
+  if (has_features) {
+    read_hedgehog(a, head, memory, group, m.natural, m.features, m.partials[0], m.partials[1]);
+  } else if (has_state) {
+    read_state(a, head, memory, folded, group, m.natural, m.partials[1]);
+  }
   merge_partials(m.partials, has_state ? 2 : 1, group, d, output, t.output_head_stride, m.total);
 }
 

@@ -8,21 +8,24 @@
 #include <cstddef>
 #include <cstdint>
 
-#define LOLA_LAYOUT(FIELD)                 \
-  FIELD(int64_t, block_bytes)              \
-  FIELD(int64_t, key_mean_offset)          \
-  FIELD(int64_t, value_mean_offset)        \
-  FIELD(int64_t, cross_moment_offset)      \
-  FIELD(int64_t, second_moment_offset)     \
-  FIELD(int64_t, ring_offset)              \
-  FIELD(int64_t, cache_offset)             \
-  FIELD(int64_t, positions_offset)         \
-  FIELD(int64_t, window)                   \
-  FIELD(int64_t, chunk)                    \
-  FIELD(int64_t, cache)                    \
-  FIELD(int64_t, sink_tokens)              \
-  FIELD(int, rank)       /* 0: no state */ \
-  FIELD(bool, is_random) /* who stays in the cache is drawn by lot */
+#define LOLA_LAYOUT(FIELD)                                \
+  FIELD(int64_t, block_bytes)                             \
+  FIELD(int64_t, key_mean_offset)                         \
+  FIELD(int64_t, value_mean_offset)                       \
+  FIELD(int64_t, cross_moment_offset)                     \
+  FIELD(int64_t, second_moment_offset)                    \
+  FIELD(int64_t, feature_values_offset)                   \
+  FIELD(int64_t, feature_sum_offset)                      \
+  FIELD(int64_t, ring_offset)                             \
+  FIELD(int64_t, cache_offset)                            \
+  FIELD(int64_t, positions_offset)                        \
+  FIELD(int64_t, window)                                  \
+  FIELD(int64_t, chunk)                                   \
+  FIELD(int64_t, cache)                                   \
+  FIELD(int64_t, sink_tokens)                             \
+  FIELD(int, rank)             /* 0: no slope state */    \
+  FIELD(int64_t, num_features) /* 0: no hedgehog state */ \
+  FIELD(bool, is_random)       /* who stays in the cache is drawn by lot */
 
 namespace lrqk {
 

@@ -23,9 +23,11 @@ inline int64_t folded_after(const LolaMemory& m, int64_t updates) {
 template <class T>
 struct HeadMemory {
   float *key_mean, *value_mean, *cross_moment, *second_moment;
-  T* ring;             // [ring_rows, 2, d]
-  T* cache;            // [cache, 2, d]
-  int32_t* positions;  // [cache], ascending
+  float* feature_values;  // [D, d]
+  float* feature_sum;     // [D]
+  T* ring;                // [ring_rows, 2, d]
+  T* cache;               // [cache, 2, d]
+  int32_t* positions;     // [cache], ascending
 };
 
 template <class T>
@@ -36,6 +38,8 @@ inline HeadMemory<T> head_memory(const LolaMemory& m, int64_t block, int64_t hea
           sums(m.value_mean_offset),
           sums(m.cross_moment_offset),
           sums(m.second_moment_offset),
+          sums(m.feature_values_offset),
+          sums(m.feature_sum_offset),
           reinterpret_cast<T*>(base + m.ring_offset),
           reinterpret_cast<T*>(base + m.cache_offset),
           reinterpret_cast<int32_t*>(base + m.positions_offset)};

@@ -13,6 +13,7 @@ namespace LRQK_ISA {
 namespace lola {
 
 constexpr int64_t kSpansPerPass = 64;  // bounds the snapshots of long pieces
+constexpr int64_t kHedgehogSpansPerPass = 16;
 
 // What lives through all passes of one head.
 template <class T>
@@ -89,7 +90,8 @@ template <class T>
 inline void prefill_tokens(const LolaArgs& a, const Parallel& parallel) {
   const LolaSpans spans{a};
   const int64_t kv_heads = a.tokens.kv_heads, first = spans.first_update(), last = spans.last_update();
-  const int64_t per_pass = min(kSpansPerPass, last - first + 1);
+  const int64_t most_spans = a.memory.num_features > 0 ? kHedgehogSpansPerPass : kSpansPerPass;
+  const int64_t per_pass = min(most_spans, last - first + 1);
   const int64_t block_tokens = kSpanQueries / (a.tokens.heads / kv_heads);
   const auto carve = [&](Carver& carver, PrefillHead<T>*& heads, Snapshot<T>*& snapshots) {
     heads = carver.take<PrefillHead<T>>(kv_heads);

@@ -6,6 +6,7 @@
 // What a token gets does not depend on its neighbours: a later row only adds zeros.
 #pragma once
 
+#include "cpu/lola/hedgehog_span.h"
 #include "cpu/lola/update.h"
 #include "cpu/matmul.h"
 
@@ -23,6 +24,8 @@ struct Snapshot {
   Rows<T> cache;
   float *key_mean, *value_mean;  // [d]
   float* slope;                  // [r, d], the cross moment over n
+  float* feature_values;         // [D, d]
+  float* feature_sum;            // [D]
 };
 
 template <class T>
@@ -33,6 +36,8 @@ inline Snapshot<T> take_snapshot(const LolaArgs& a, Carver& carver) {
   s.key_mean = carver.take<float>(d);
   s.value_mean = carver.take<float>(d);
   s.slope = carver.take<float>(a.memory.rank * d);
+  s.feature_values = carver.take<float>(a.memory.num_features * d);
+  s.feature_sum = carver.take<float>(a.memory.num_features);
   return s;
 }
 
@@ -43,6 +48,10 @@ inline void snapshot_head(const LolaArgs& a, const HeadMemory<T>& memory, const 
   const int64_t folded = folded_after(a.memory, updates);
   std::memcpy(s.cache.keys, c.rows.keys, cached * sizeof(T*));
   std::memcpy(s.cache.values, c.rows.values, cached * sizeof(T*));
+  if (folded > 0 && a.memory.num_features > 0) {
+    std::memcpy(s.feature_values, memory.feature_values, a.memory.num_features * d * sizeof(float));
+    std::memcpy(s.feature_sum, memory.feature_sum, a.memory.num_features * sizeof(float));
+  }
   if (folded == 0 || a.memory.rank == 0) return;
   std::memcpy(s.key_mean, memory.key_mean, d * sizeof(float));
   std::memcpy(s.value_mean, memory.value_mean, d * sizeof(float));
@@ -184,12 +193,15 @@ inline void attend_block(const LolaArgs& a, int64_t head, int64_t updates, int64
   const int64_t cached = cached_after(a.memory, updates), folded = folded_after(a.memory, updates);
   const int64_t first = updates * a.memory.chunk, count = cached + to - first;
   const int rank = folded > 0 ? a.memory.rank : 0;
-  const int64_t state_rows = rank > 0 ? rank + 1 : 0;
+  const bool has_features = folded > 0 && a.memory.num_features > 0;
+  const int64_t slope_rows = rank > 0 ? rank + 1 : 0, state_rows = has_features ? 1 : slope_rows;
   const int64_t state_at = padded_rows(count), rows = state_at + padded_rows(state_rows);
   Carver counter(nullptr);
   take_span_memory(d, rows, queries, counter);
+  take_hedgehog_span(a, to - from, has_features, counter);
   Carver carver(scratch(Scratch::kTask, counter.used()));
   const SpanMemory m = take_span_memory(d, rows, queries, carver);
+  const HedgehogSpan hedgehog = take_hedgehog_span(a, to - from, has_features, carver);
   float* state = state_rows > 0 ? m.weights + state_at * m.stride : nullptr;
 
   const int64_t padded = load_span_queries<T>(a, head, from, to, cached + from - first, m);
@@ -214,8 +226,8 @@ inline void attend_block(const LolaArgs& a, int64_t head, int64_t updates, int64
       clear_rows(m, d, here, static_cast<int>(padded_rows(here)));
       call(m.weights + begin * m.stride, static_cast<int>(padded_rows(here)));
     }
-    for (int64_t begin = 0; begin < state_rows; begin += kTileRows) {
-      const int here = static_cast<int>(min<int64_t>(kTileRows, state_rows - begin));
+    for (int64_t begin = 0; begin < slope_rows; begin += kTileRows) {
+      const int here = static_cast<int>(min<int64_t>(kTileRows, slope_rows - begin));
       const float* directions = a.query_directions + head * a.memory.rank * d;
       for (int i = 0; i < here; ++i) {
         const int64_t j = begin + i - 1;
@@ -228,10 +240,15 @@ inline void attend_block(const LolaArgs& a, int64_t head, int64_t updates, int64
     }
   };
   for_tiles(true, [&](float* weights, int tile) { score_tile(m, d, tile, padded, weights); });
-  const float log_count = folded > 0 ? __builtin_log2f(static_cast<float>(folded)) : 0.0f;
+  if (has_features) {
+    read_span<T>(a, head, from, to, snapshot.feature_values, snapshot.feature_sum, m.weights, m.stride, count, m.token,
+                 padded, hedgehog, state);
+  }
+  const float log_count = rank > 0 ? __builtin_log2f(static_cast<float>(folded)) : 0.0f;
   softmax_rows(m, cached, count, padded, state, rank, log_count);
   // Rows that only pad a tile have values of zero, but their weights must be numbers.
   for_tiles(false, [&](float* weights, int tile) { add_tile(m, d, tile, queries, weights); });
+  if (has_features) add_span(hedgehog, queries, d, state, m.output);
 
   for (int64_t i = 0; i < queries; ++i) {
     T* out = static_cast<T*>(t.output) + (from - a.context_len + i / group) * t.output_token_stride +

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/lola/fold.h"
+#include "cpu/lola/hedgehog.h"
 #include "cpu/lola/regress.h"
 #include "cpu/top_k.h"
 
@@ -40,6 +41,7 @@ struct UpdateMemory {
   int32_t* rest;      // [most_candidates]
   Rows<T> rest_rows;  // [most_candidates]
   FoldMemory fold;
+  HedgehogMemory hedgehog;
 };
 
 template <class T>
@@ -59,6 +61,7 @@ inline UpdateMemory<T> take_update_memory(const LolaArgs& a, Carver& carver) {
   m.fold.projected_mean = carver.take<float>(r);
   m.fold.key_mean = carver.take<float>(d);
   m.fold.value_mean = carver.take<float>(d);
+  m.hedgehog = take_hedgehog_memory(a, most, carver);
   return m;
 }
 
@@ -194,14 +197,18 @@ inline void update(const LolaArgs& a, int64_t head, const HeadMemory<T>& state, 
   if (keep == count) return;
   for (int64_t i = count; i < most_candidates(memory); ++i) c.rows.keys[i] = c.rows.keys[count - 1];
   if (memory.rank > 0) project_candidates(a, head, state, c.rows, count, folded, m);
+  if (memory.num_features > 0) map_candidates(a, head, c.rows, count, m.hedgehog);
   if (memory.is_random) {
     for (int64_t i = 0; i < count; ++i) m.scores[i] = random_score(c.positions[i], head);
+  } else if (memory.num_features > 0 && folded > 0) {
+    hedgehog_errors(a, state, c.rows, count, m.hedgehog, m.scores);
   } else {
     recall_errors(a, state, c.rows, count, folded, m);
   }
   keep_best(memory, c, count, keep, m);
-  if (memory.rank == 0) return;
   const int64_t rest = count - keep;
+  if (memory.num_features > 0) hedgehog_fold(a, state, m.rest_rows, m.rest, rest, folded, m.hedgehog);
+  if (memory.rank == 0) return;
   m.fold.stride = ceil_div(rest, W) * W;
   for (int j = 0; j < memory.rank; ++j) {
     for (int64_t i = 0; i < rest; ++i) m.fold.projected[j * m.fold.stride + i] = projected_at(memory, m, j, m.rest[i]);

@@ -1,6 +1,7 @@
 """LoLA's compiled CPU kernels: csrc/cpu/lola behind torch.ops.vllm_lrqk."""
 
 from functools import cache, partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ def _decode_attention(
     if index is None:
         return attention.decode_attention(query, key, value, memory, blocks, seq_lens, rules, output)
     blocks = blocks if blocks.dtype == torch.int32 else blocks.int()
+    key, value = _of_memory_heads(memory, key, value)
     return torch.ops.vllm_lrqk.cpu_lola_decode(
         query, key, value, *_state(memory, rules), blocks, cpu.int32(seq_lens), output, index
     )
@@ -60,6 +62,7 @@ def _prefill_attention(
     index = _choose(names, query, key, value, memory, rules, output)
     if index is None:
         return attention.prefill_attention(query, key, value, memory, block, context_len, rules, output)
+    key, value = _of_memory_heads(memory, key, value)
     return torch.ops.vllm_lrqk.cpu_lola_prefill(
         query, key, value, *_state(memory, rules), int(block), context_len, output, index
     )
@@ -76,19 +79,38 @@ def _choose(
 ) -> int | None:
     """Index of the instruction set that can do this; None: the plain torch form has to."""
     dtypes = {tensor.dtype for tensor in (query, key, value, output)} | {memory.format.dtype}
-    if isinstance(rules.state, HedgehogState) or len(dtypes) > 1 or query.dtype not in cpu.DTYPES:
+    if len(dtypes) > 1 or query.dtype not in cpu.DTYPES:
         return None
-    return cpu.pick(names, query.shape[-1])
+    return cpu.pick(names, vector_size(memory.format))
+
+
+def vector_size(memory_format: MemoryFormat) -> int:
+    """The number that vectors have to divide: the head size, and the columns of a feature map if there is one."""
+    columns = memory_format.num_features // 2
+    if memory_format.settings.state != "hedgehog" or memory_format.head_size > cpu.MAX_HEAD_SIZE:
+        return memory_format.head_size
+    return gcd(memory_format.head_size, columns)
+
+
+def _of_memory_heads(memory: Memory, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[T, KV, d] once for each of the memory's heads, [T, K, d]."""
+    copies = memory.heads // rows[0].shape[1]
+    return rows if copies == 1 else tuple(each.repeat_interleave(copies, 1) for each in rows)
 
 
 def _state(memory: Memory, rules: Rules) -> tuple[Any, ...]:
     """What both operators say of the layer."""
+    none = torch.empty(memory.heads, 0, memory.format.head_size)
+    directions, maps = (none, none), (none, none)
+    bias, kappa = torch.empty(0), torch.empty(0, memory.format.head_size)
     if isinstance(rules.state, SlopeState):
         directions = rules.state.directions.query, rules.state.directions.key
-    else:
-        none = torch.empty(memory.heads, 0, memory.format.head_size)
-        directions = none, none
-    return memory.raw, _layout(memory.format), *directions, rules.scale, RIDGE, LEAST_VARIANCE
+    elif isinstance(rules.state, HedgehogState):
+        learned = rules.state.maps
+        maps, bias = (learned.query, learned.key), learned.bias
+        kappa = kappa if learned.kappa is None else learned.kappa
+    numbers = rules.scale, RIDGE, LEAST_VARIANCE
+    return memory.raw, _layout(memory.format), *directions, *maps, bias, kappa, *numbers
 
 
 @cache

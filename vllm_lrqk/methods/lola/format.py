@@ -81,10 +81,11 @@ class MemoryFormat:
 
     @property
     def layout(self) -> dict[str, int]:
-        """The same numbers by the names of csrc/cpu/lola/layout.h; for the slope state, or none."""
+        """The same numbers by the names of csrc/cpu/lola/layout.h."""
         settings = self.settings
         offsets = {f"{name}_offset": offset for name, offset in self.sum_offsets.items()}
-        none = dict.fromkeys(("key_mean_offset", "value_mean_offset", "cross_moment_offset", "second_moment_offset"), 0)
+        names = ("key_mean", "value_mean", "cross_moment", "second_moment", "feature_values", "feature_sum")
+        none = dict.fromkeys((f"{name}_offset" for name in names), 0)
         return (none | offsets) | {
             "block_bytes": self.block_bytes,
             "ring_offset": self.ring_offset,
@@ -95,6 +96,7 @@ class MemoryFormat:
             "cache": settings.cache,
             "sink_tokens": settings.sink_tokens,
             "rank": settings.state_rank if settings.state == "slope" else 0,
+            "num_features": self.num_features if settings.state == "hedgehog" else 0,
             "is_random": settings.select == "random",
         }
 

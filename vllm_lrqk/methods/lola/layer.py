@@ -7,6 +7,7 @@ from vllm_lrqk.core.layer import Layer, LayerPlace, LayerShape
 from vllm_lrqk.core.step import PrefillChunk, Step
 from vllm_lrqk.devices import cpu
 from vllm_lrqk.methods.lola.attention import Rules
+from vllm_lrqk.methods.lola.cpu import vector_size
 from vllm_lrqk.methods.lola.directions import Directions, Rotary, slow_directions
 from vllm_lrqk.methods.lola.dispatch import kernels_for
 from vllm_lrqk.methods.lola.feature_maps import load_feature_maps, map_shapes
@@ -71,11 +72,13 @@ class LolaLayer(Layer):
         self.rules = Rules(settings, _state(settings, shape, place, directions, raw.device), shape.scale)
         self.kernels = kernels_for(raw.device)
         self.kernels_name = self.kernels.name
-        if shape.torch_dtype not in cpu.DTYPES or settings.state == "hedgehog":
+        if shape.torch_dtype not in cpu.DTYPES:
             self.kernels_name = cpu.served_name(self.kernels.name, None)
         else:
-            self.kernels_name = cpu.name_for(self.kernels.name, shape.head_size)
-            self.kernels_hint = cpu.hint_for(self.kernels.name, self.kernels_name, shape.head_size)
+            size = vector_size(memory_format)
+            self.kernels_name = cpu.name_for(self.kernels.name, size)
+            by_head_size = cpu.name_for(self.kernels.name, shape.head_size)
+            self.kernels_hint = cpu.hint_for(self.kernels.name, by_head_size, shape.head_size)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
         """Nothing: `prefill` and `decode` take their tokens in."""
