@@ -4,7 +4,7 @@ Keys are low-rank content (topics that change every few hundred tokens, heavy ta
 tokens and noise; queries look for a topic. Content logits have standard deviations of 1 to 2.3, as in the test sets.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -51,6 +51,14 @@ class Layer:
         host.copy_(self.host)
         cache = self.cpu_attn_cache.clone()
         return Layer(self.query, host, factors, cache, self.block_table, self.seq_lens).in_huge_pages()
+
+    def apart(self, layers: int) -> "Layer":
+        """The same, with factor pages that lie a block of that many layers apart, as in vLLM's tensor."""
+        raw = self.factors.raw
+        blocks = torch.zeros(len(raw), layers, *raw.shape[1:], dtype=raw.dtype)
+        ask_for_huge_pages(blocks, is_written=True)
+        blocks[:, layers // 2] = raw
+        return replace(self, factors=copy(self.factors, blocks[:, layers // 2]))
 
     def in_huge_pages(self) -> "Layer":
         """The same, with all that both backends read in huge pages, as the engine asks for them."""

@@ -6,7 +6,8 @@
 until 128 MiB have passed, so that nothing stays in the caches that would not stay there in a model. Times are medians.
 Errors are relative to attention in float32. The floor is the bytes that a step has to read over the memory bandwidth
 that this process measures. "select" is the selection alone (scores, top-k, residual sums), which a decode step
-contains; its floor is the factor pages.
+contains; its floor is the factor pages. In vLLM's tensor a block holds the factor pages of all layers; with
+`--layers-apart 32` a step whose factor pages lie so is measured beside one whose pages lie side by side.
 """
 
 import argparse
@@ -65,7 +66,9 @@ def step_bytes(length: int, batch: int, rows: int, page_bytes: int, config: LRQK
     return {"lrqk": rows * row_bytes + factor_bytes, "cpu_attn": dense_bytes, "select": factor_bytes}
 
 
-def measure(length: int, batch: int, config: LRQKSettings) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+def measure(
+    length: int, batch: int, config: LRQKSettings, layers_apart: int | None
+) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
     """Median milliseconds of both backends and of LRQK's selection alone, their relative errors and bytes."""
     kernels = host_kernels()
     layer = make_layer(length, batch, config, DTYPE, kernels)
@@ -74,6 +77,7 @@ def measure(length: int, batch: int, config: LRQKSettings) -> tuple[dict[str, fl
     cpu_attn = CpuAttn([1] * batch, layer.seq_lens, DTYPE, KV_HEADS, HEADS)
     outputs = {name: torch.empty_like(layer.query) for name in ("lrqk", "cpu_attn")}
     attended = torch.zeros(batch, dtype=torch.int64)
+    apart = {id(now): now.apart(layers_apart) for now in layers} if layers_apart else {}
 
     def lrqk(now) -> None:  # type: ignore[no-untyped-def]
         attended.copy_(
@@ -89,6 +93,8 @@ def measure(length: int, batch: int, config: LRQKSettings) -> tuple[dict[str, fl
         kernels.select(now.query, now.factors, now.block_table, now.seq_lens, SCALE, config)
 
     calls_by_name = {"lrqk": lrqk, "cpu_attn": dense, "select": select}
+    if layers_apart:
+        calls_by_name["apart"] = lambda now: lrqk(apart[id(now)])
     times: dict[str, list[float]] = {name: [] for name in calls_by_name}
     calls, spent = 0, 0.0
     while calls < 15 + copies or spent < SECONDS:
@@ -136,6 +142,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=default, metavar="TOKENS")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="REQUESTS")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--layers-apart", type=int, metavar="LAYERS", help="measure factor pages as vLLM lays them too")
     parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help='settings: {"rank": 32}')
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a list of records")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
@@ -154,15 +161,17 @@ def main() -> None:
     name = host_kernels().name
     title = f"{name}, {arguments.threads} threads, {bandwidth / 1e9:.1f} GB/s read"
     headings = ("lrqk ms", "floor ms", "error", "select ms", "floor ms", "cpu_attn ms", "floor ms", "error", "speed-up")
-    table = Table("tokens", "batch", *headings, title=title)
+    apart = [f"lrqk ms, {arguments.layers_apart} layers apart"] if arguments.layers_apart else []
+    table = Table("tokens", "batch", *headings, *apart, title=title)
     records: list[dict] = []
     for length, batch in tqdm(cases, desc="cases"):
-        times, errors, needed = measure(length, batch, config)
+        times, errors, needed = measure(length, batch, config, arguments.layers_apart)
         floors = {backend: size / bandwidth * 1e3 for backend, size in needed.items()}
         speed_up = f"{times['cpu_attn'] / times['lrqk']:.2f}" if is_green else "-"
         numbers = [times["lrqk"], floors["lrqk"], errors["lrqk"], times["select"], floors["select"]]
         numbers += [times["cpu_attn"], floors["cpu_attn"], errors["cpu_attn"]]
-        table.add_row(f"{length:,}", str(batch), *(f"{number:.3g}" for number in numbers), speed_up)
+        shown = [f"{times['apart']:.3g}"] if apart else []
+        table.add_row(f"{length:,}", str(batch), *(f"{number:.3g}" for number in numbers), speed_up, *shown)
         for backend in errors:
             records.append(
                 {
@@ -174,7 +183,11 @@ def main() -> None:
                     "floor_ms": floors[backend],
                     "relative_error": errors[backend],
                 }
-                | ({"select_ms": times["select"]} if backend == "lrqk" else {})
+                | (
+                    {f"{name}_ms": times[name] for name in ("select", "apart") if name in times}
+                    if backend == "lrqk"
+                    else {}
+                )
             )
     Console(width=120).print(table)
     if arguments.json:
