@@ -23,6 +23,8 @@ def other(method: str, values: dict[str, Any], *words: str) -> Case:
     return {"attention_backend": method, "additional_config": {method.lower(): values}}, [*words]
 
 
+METHODS = [lrqk({})[0], other("LOLA", {})[0], other("AQUA", {})[0]]
+DRAFT = "the model itself"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 TYPES = [
     lrqk({"top_k": "many"}, "lrqk.top_k", "'many'", "whole number"),
@@ -99,9 +101,19 @@ FLAGS = [
     ({"block_size": 128}, ["--block-size", "128", "lrqk.page_size"]),
     ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype", "fp8", "auto"]),
     ({"decode_context_parallel_size": 2, "tensor_parallel_size": 4}, ["--decode-context-parallel-size", "2", "to 1"]),
-    (
-        {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
-        ["--kv-transfer-config", "OffloadingConnector", "leave it out"],
+    *(
+        (
+            {**method, "kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
+            ["--kv-transfer-config", "OffloadingConnector", "leave it out"],
+        )
+        for method in METHODS
+    ),
+    *(
+        (
+            {**method, "speculative_config": {"method": "draft_model", "model": DRAFT, "num_speculative_tokens": 2}},
+            ["--speculative-config", "draft_model", *words],
+        )
+        for method, words in zip(METHODS, (["set it to ngram"], ["LOLA", "leave it out"], ["set it to ngram"]))
     ),
     (
         {"speculative_config": NGRAM, **lrqk({"capture": "/tmp/no-such-folder"})[0], "enable_prefix_caching": False},
@@ -142,6 +154,8 @@ def assert_one_sentence(error: Any, words: list[str]) -> None:
 
 @pytest.mark.parametrize(("settings", "words"), CASES, ids=[repr(settings)[:70] for settings, _ in CASES])
 def test_one_sentence(model: Any, settings: dict[str, Any], words: list[str]) -> None:
+    if settings.get("speculative_config", {}).get("model") == DRAFT:
+        settings = settings | {"speculative_config": settings["speculative_config"] | {"model": str(model)}}
     with pytest.raises((ValueError, AssertionError)) as error:
         start(model, **settings)
     assert_one_sentence(error, words)
