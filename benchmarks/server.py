@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
 import requests
+from process_memory import by_kind, of_process
 
 START_SECONDS = 600
 
@@ -29,16 +30,21 @@ class Server:
     Args:
         arguments: of `vllm serve`, the model first.
         log: file of everything that it writes.
+        environment: variables beside those of this process.
     """
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(self, arguments: list[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", log
         vllm = str(Path(sys.executable).with_name("vllm"))
         command = [vllm, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=dict(os.environ)
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
             )
 
     def wait_until_ready(self) -> None:
@@ -51,13 +57,17 @@ class Server:
             time.sleep(0.5)
         raise SystemExit(f"The server did not start; {self.log} ends with:\n{self.log.read_text()[-3000:]}")
 
-    def memory(self) -> int:
-        """Bytes that belong to its processes alone, and their part of what they share."""
-        total = 0
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes in memory of its processes, by their titles and by kinds of memory; what they share is divided."""
+        found: dict[str, dict[str, int]] = {}
         for process in self._processes():
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss
-        return total
+            with contextlib.suppress(psutil.Error, OSError):
+                name = process.name()
+                name = name if name.startswith("VLLM") else "API server"
+                kinds = found.setdefault(name, {})
+                for kind, size in by_kind(of_process(process.pid)).items():
+                    kinds[kind] = kinds.get(kind, 0) + size
+        return found
 
     def _processes(self) -> list[psutil.Process]:
         try:
@@ -65,6 +75,14 @@ class Server:
             return [own, *own.children(recursive=True)]
         except psutil.Error:
             return []
+
+    def names(self) -> list[str]:
+        """Titles of its processes."""
+        found = []
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                found.append(" ".join(process.cmdline()))
+        return found
 
     def series(self) -> dict[str, float]:
         """Samples of `/metrics` by name; those of several labels are added."""
@@ -92,9 +110,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(arguments: list[str], log: Path) -> Iterator[Server]:
+def running(arguments: list[str], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     """A server that answers; it is stopped at the end if it still runs."""
-    server = Server(arguments, log)
+    server = Server(arguments, log, environment)
     try:
         server.wait_until_ready()
         yield server
