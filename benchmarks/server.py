@@ -92,12 +92,19 @@ class Server:
             found[name] = found.get(name, 0.0) + float(value)
         return found
 
-    def stop(self, seconds: float = 60) -> float:
-        """Ask it to end; seconds until it and all its children have gone."""
+    def stop(self, seconds: float = 60, again: float | None = None) -> float:
+        """Ask it to end; seconds until it and all its children have gone.
+
+        Args:
+            seconds: after which they are killed.
+            again: seconds after which it is asked a second time; None: never.
+        """
         started, processes = time.monotonic(), self._processes()
-        self.process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
+        for wait in [seconds] if again is None else [again, seconds - again]:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(wait)
+                break
         _, alive = psutil.wait_procs(processes[1:], max(0.1, seconds - (time.monotonic() - started)))
         took = time.monotonic() - started
         for process in alive:

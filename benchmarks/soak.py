@@ -39,9 +39,10 @@ SERVE = {
     "CPU_ATTN": [*DENSE, str(24 << 20), *LIMITS],
 }
 MOST_GROWTH = 0.02
-ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 """oneDNN keeps what it has compiled for 1,024 shapes of products, and each number of tokens in a step is another: it
-would grow for a quarter of an hour, with every attention backend."""
+would grow for a quarter of an hour, with every attention backend. Large tensors in mappings of their own leave no holes
+in the heap."""
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """How long a stop of `vllm serve` takes, from the signal until the last process has gone.
 
-    python benchmarks/stops.py [--backend LRQK CPU_ATTN] [--middleware on off] [--repeats 1] [--output .run/stops]
+    python benchmarks/stops.py [--backend LRQK CPU_ATTN] [--middleware on off] [--again 3] [--output .run/stops]
 
 One server for every state of it: while Python loads, when the engine process begins, when it has the weights and
-measures memory, idle, while it reads prompts, answers, and streams answers. Clients wait for 60 s.
+measures memory, idle, while it reads prompts, answers, and streams answers. Clients wait for 60 s. With `--again` the
+signal is sent a second time after so many seconds, as an operator would.
 """
 
 import argparse
@@ -59,7 +60,7 @@ async def ask(client: httpx.AsyncClient, prompt: list[int], tokens: int, is_stre
         return 0
 
 
-async def stop_under_load(server: Server, state: str, repeat: int) -> tuple[float, list[int]]:
+async def stop_under_load(server: Server, state: str, repeat: int, again: float | None) -> tuple[float, list[int]]:
     """Seconds that a stop takes in one of `SERVING`, and what the clients got."""
     generator = random.Random(repeat)
     tokens = 1 if state == "prompts" else 1000
@@ -70,11 +71,11 @@ async def stop_under_load(server: Server, state: str, repeat: int) -> tuple[floa
         if state == "idle":  # after work, with connections that are kept
             await asyncio.gather(*(ask(client, prompt[:100], 4, False) for prompt in prompts))
         await asyncio.sleep(0.3 if state == "prompts" else 4)
-        took = await asyncio.to_thread(server.stop)
+        took = await asyncio.to_thread(server.stop, again=again)
         return took, list(await asyncio.gather(*tasks))
 
 
-def measure(arguments: list[str], state: str, repeat: int, log: Path) -> tuple[float, list[int]]:
+def measure(arguments: list[str], state: str, repeat: int, again: float | None, log: Path) -> tuple[float, list[int]]:
     """As `stop_under_load`, in any state."""
     server = Server(arguments, log)
     try:
@@ -82,9 +83,9 @@ def measure(arguments: list[str], state: str, repeat: int, log: Path) -> tuple[f
             wait_for(server, STARTING[state])
             if state == "Python loads":
                 time.sleep(3)
-            return server.stop(), []
+            return server.stop(again=again), []
         server.wait_until_ready()
-        return asyncio.run(stop_under_load(server, state, repeat))
+        return asyncio.run(stop_under_load(server, state, repeat, again))
     finally:
         if server.process.poll() is None:
             server.stop()
@@ -96,6 +97,7 @@ def main() -> int:
     parser.add_argument("--middleware", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--states", nargs="+", choices=(*STARTING, *SERVING), default=[*STARTING, *SERVING])
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--again", type=float, help="seconds until a second signal; default: none is sent")
     parser.add_argument("--output", type=Path, default=Path(".run/stops"))
     parsed = parser.parse_args()
     parsed.output.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,7 @@ def main() -> int:
             arguments = [*COMMON, *BACKENDS[backend], *(MIDDLEWARE if middleware == "on" else [])]
             for state in parsed.states:
                 log = parsed.output / f"{backend}-{middleware}-{state.replace(' ', '-')}.log"
-                runs = [measure(arguments, state, repeat, log) for repeat in range(parsed.repeats)]
+                runs = [measure(arguments, state, repeat, parsed.again, log) for repeat in range(parsed.repeats)]
                 seconds = [took for took, _ in runs]
                 replies = sorted({reply for _, replies in runs for reply in replies})
                 found.append({"backend": backend, "middleware": middleware, "state": state, "seconds": seconds})

@@ -38,7 +38,9 @@ def host_bytes(config: Any) -> int:
 def test_share_of_the_free_memory() -> None:
     memory = HostMemory(10 * GIB, "the system")
     check_host_share(8, 0, memory, "lrqk.host_memory_gib")
-    with pytest.raises(ConfigError, match=r"host_memory_gib is 9, but the system has 10 GiB .* 80% .* it to 8\.$"):
+    with pytest.raises(
+        ConfigError, match=r"host_memory_gib is 9, but 10 GiB are free by the count of the system, .* 80% .* it to 8\.$"
+    ):
         check_host_share(9, 0, memory, "lrqk.host_memory_gib")
     with pytest.raises(ConfigError, match=r"is 6 \(9 GiB with what lies beside it\), .* lower it to 5\.33\.$"):
         check_host_share(6, 3 * GIB, memory, "lrqk.host_memory_gib")

@@ -27,8 +27,9 @@ def check_host_share(asked_gib: float, pool_bytes: int, memory: HostMemory, fiel
         return
     pool = f" ({total / GIB:.3g} GiB with what lies beside it)" if pool_bytes else ""
     raise ConfigError(
-        f"{field} is {asked_gib:.4g}{pool}, but {memory.source} has {memory.free_bytes / GIB:.3g} GiB free, of which "
-        f"at most {MAX_SHARE:.0%} may be taken: lower it to {_floor(asked_gib * most / total)}."
+        f"{field} is {asked_gib:.4g}{pool}, but {memory.free_bytes / GIB:.3g} GiB are free by the count of "
+        f"{memory.source}, of which at most {MAX_SHARE:.0%} may be taken: lower it to "
+        f"{_floor(asked_gib * most / total)}."
     )
 
 
